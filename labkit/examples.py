@@ -1,0 +1,231 @@
+"""Training examples: the one reader and checker of fine-tuning files.
+
+A learner's check before upload and the service's validation of a job are this same code, so
+they cannot disagree. Two forms are read, one JSON object a line (facts: OpenAI's fine-tuning
+guide): prompt/completion, and chat `messages` whose assistant turns may carry `weight` 0 or 1.
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MINIMUM = 10  # examples; OpenAI refuses a job with fewer
+ROLES = ("system", "developer", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt/completion example."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat example: messages of `role` and `content`; `trained[i]` tells whether message i is learned."""
+
+    messages: tuple[dict[str, str], ...]
+    trained: tuple[bool, ...]
+
+
+Example = Completion | Chat
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong in a file, where, and how to mend it. `line` is 1-based, 0 for the file as a whole."""
+
+    line: int
+    field: str
+    message: str
+    fix: str
+    code: str = "invalid_training_file"
+
+    def __str__(self) -> str:
+        place = f"line {self.line}" + (f", {self.field}" if self.field else "") + ": " if self.line else ""
+        return f"{place}{self.message} {self.fix}"
+
+
+@dataclass
+class Report:
+    """The examples of a file and all that is wrong with it."""
+
+    examples: list[Example] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """`"completion"`, `"chat"` or, for a file without examples, `"none"`."""
+        if not self.examples:
+            return "none"
+        return "chat" if isinstance(self.examples[0], Chat) else "completion"
+
+    def __str__(self) -> str:
+        if not self.problems:
+            return f"{len(self.examples)} {self.kind} examples, no problems found"
+        shown = "\n".join(f"- {problem}" for problem in self.problems[:10])
+        more = f"\n- and {len(self.problems) - 10} more" if len(self.problems) > 10 else ""
+        return f"{len(self.problems)} problem(s):\n{shown}{more}"
+
+
+def check(source: Path | str | bytes | Iterable[dict[str, Any]], minimum: int = MINIMUM) -> Report:
+    """Read a training or validation file and find what a fine-tuning job would refuse.
+
+    `source` is a path, the bytes of a file, or examples as dictionaries. `minimum` is the least
+    number of examples (10 for a training file, 1 for validation). Raises `OSError` when the
+    path cannot be read; all other trouble is a `Problem` in the report.
+    """
+    report = Report()
+    for number, row in _rows(source):
+        found = row if isinstance(row, Problem) else parse(row, number)
+        if isinstance(found, Problem):
+            report.problems.append(found)
+        else:
+            report.examples.append(found)
+    kinds = Counter(type(example) for example in report.examples)
+    if len(kinds) > 1:
+        report.problems.append(Problem(
+            0, "", "The file mixes prompt/completion and chat examples.", "Keep one of the two forms."))
+    if not report.problems and len(report.examples) < minimum:
+        report.problems.append(Problem(
+            0, "", f"The file has {len(report.examples)} example(s), but the minimum is {minimum}.",
+            "Add more; 50 to 100 are a sensible start.", "invalid_n_examples"))
+    return report
+
+
+def first_unreadable(path: Path) -> Problem | None:
+    """The first line that is not a JSON object, or an empty file: what an upload refuses at once."""
+    number = 0
+    for number, row in _rows(path):
+        if isinstance(row, Problem):
+            return row
+        if not isinstance(row, dict):
+            return _not_an_object(row, number)
+    return None if number else Problem(0, "", "The file is empty.", "Write one JSON object a line.")
+
+
+def _rows(source: Path | str | bytes | Iterable[dict[str, Any]]) -> Iterator[tuple[int, Any]]:
+    """Number and content of each non-blank line; a `Problem` in place of one that cannot be read."""
+    if not isinstance(source, Path | str | bytes):
+        yield from enumerate(source, 1)
+        return
+    for number, raw in enumerate(_lines(source), 1):
+        raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        if not raw.strip():
+            continue
+        try:
+            yield number, json.loads(raw.decode())
+        except UnicodeDecodeError as error:
+            yield number, Problem(
+                number, f"byte {error.start + 1}", "The line is not UTF-8 text.", "Save the file as UTF-8.")
+        except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+            column = f"column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            yield number, Problem(
+                number, column, "The line is not valid JSON.",
+                "Every line must be one whole JSON object, such as {\"prompt\": \"…\", \"completion\": \" …\"}.")
+
+
+def _lines(source: Path | str | bytes) -> Iterator[bytes]:
+    """A file's lines, one at a time: it may be larger than memory."""
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as handle:
+        yield from handle
+
+
+def auto_epochs(examples: int) -> int:
+    """OpenAI's published rule: three epochs, more for tiny sets and fewer for huge ones.
+
+    Source: openai-cookbook, examples/Chat_finetuning_data_prep.ipynb.
+    """
+    if examples * 3 < 100:
+        return min(25, 100 // examples)
+    if examples * 3 > 25_000:
+        return max(1, 25_000 // examples)
+    return 3
+
+
+def parse(row: Any, line: int = 0) -> Example | Problem:
+    """Turn one decoded line into an example, or say what is wrong with it."""
+    if not isinstance(row, dict):
+        return _not_an_object(row, line)
+    if "messages" in row:
+        return _parse_chat(row, line)
+    for name in ("prompt", "completion"):
+        if name not in row:
+            return Problem(line, name, f"The key \"{name}\" is missing (found: {', '.join(map(repr, row)) or 'none'}).",
+                           "An example needs \"prompt\" and \"completion\", or \"messages\".")
+        if not isinstance(row[name], str):
+            return Problem(line, name, f"\"{name}\" is a JSON {_json_type(row[name])}, not a string.",
+                           "Put the text in double quotes.")
+    if not row["completion"].strip():
+        return Problem(line, "completion", "The completion is empty, so there is nothing to learn.",
+                       "Fill it in or remove the line.")
+    return _clean_text(line, "prompt", row["prompt"]) or _clean_text(line, "completion", row["completion"]) \
+        or Completion(row["prompt"], row["completion"])
+
+
+def _not_an_object(row: Any, line: int) -> Problem:
+    return Problem(line, "", f"The line is a JSON {_json_type(row)}, not an object.",
+                   "Write {\"prompt\": …, \"completion\": …} or {\"messages\": […]}.")
+
+
+def _parse_chat(row: dict[str, Any], line: int) -> Chat | Problem:
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        return Problem(line, "messages", "\"messages\" must be a list with at least one message.",
+                       "Write [{\"role\": \"user\", \"content\": \"…\"}, {\"role\": \"assistant\", \"content\": \"…\"}].")
+    for unsupported in ("tools", "functions"):
+        if row.get(unsupported):
+            return Problem(line, unsupported, f"\"{unsupported}\" cannot be trained on here yet.",
+                           "Remove the key, or train this file at a hosted provider.")
+    clean, trained = [], []
+    for index, message in enumerate(messages):
+        problem = _message_problem(message, line, f"messages[{index}]")
+        if problem:
+            return problem
+        clean.append({"role": message["role"], "content": message["content"]})
+        trained.append(message["role"] == "assistant" and message.get("weight", 1) == 1)
+    if not any(trained):
+        return Problem(line, "messages", "No assistant message is trained on, so there is nothing to learn.",
+                       "Add an assistant message, or give one \"weight\": 1.")
+    return Chat(tuple(clean), tuple(trained))
+
+
+def _message_problem(message: Any, line: int, where: str) -> Problem | None:
+    if not isinstance(message, dict):
+        return Problem(line, where, f"The message is a JSON {_json_type(message)}, not an object.",
+                       "Write {\"role\": …, \"content\": …}.")
+    if message.get("role") not in ROLES:
+        return Problem(line, f"{where}.role", f"The role {message.get('role')!r} is not known here.",
+                       f"Use one of {', '.join(ROLES)}.")
+    if not isinstance(message.get("content"), str):
+        return Problem(line, f"{where}.content", "The content must be a string.",
+                       "Images, tool calls and content parts cannot be trained on here.")
+    if message["role"] == "assistant" and not message["content"].strip():
+        return Problem(line, f"{where}.content", "An assistant message is empty.", "Fill it in or remove it.")
+    weight = message.get("weight", 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        return Problem(line, f"{where}.weight", f"The weight {weight!r} is not 0 or 1.",
+                       "Use 1 to train on a message, 0 to show it only.")
+    if "weight" in message and message["role"] != "assistant":
+        return Problem(line, f"{where}.weight", "Only assistant messages carry a weight.", "Remove it.")
+    return _clean_text(line, f"{where}.content", message["content"])
+
+
+def _clean_text(line: int, where: str, text: str) -> Problem | None:
+    if "\x00" in text:
+        return Problem(line, where, "The text holds a null character.", "Remove it; it often comes from UTF-16 files.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Problem(line, where, "The text holds half of a surrogate pair.", "Write the character itself, or drop it.")
+    return None
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")
