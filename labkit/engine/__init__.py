@@ -1,0 +1,9 @@
+"""The engine: tensors only. It knows nothing of HTTP, jobs, files of users or keys.
+
+    model.py      the base model, its tokenizer, and the number format this machine is quick in
+    adapter.py    LoRA and activated LoRA through PEFT: make, switch, save, load
+    encode.py     examples and prompts -> token ids, and where the adapter starts
+    cache.py      keys and values of prompts, computed once, kept on disk
+    train.py      the training loop, as a generator of metrics
+    generate.py   batched inference with log-probabilities
+"""

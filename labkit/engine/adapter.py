@@ -1,0 +1,157 @@
+"""LoRA adapters through PEFT: make, switch, save, load.
+
+An adapter adds `B @ A * alpha / r` to every linear layer of the frozen base model (LoRA,
+arXiv 2106.09685). An *activated* LoRA (arXiv 2504.12397) does so only from the end of the
+prompt on, so that the prompt's keys and values stay those of the base model and can be cached.
+
+Adapters are saved in PEFT's own format, and PEFT loads them without labkit: an activated one
+carries the tokens at which it starts as `alora_invocation_tokens`.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft import get_peft_model_state_dict as adapter_state
+from peft import set_peft_model_state_dict as set_adapter_state
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
+
+from labkit import paths
+from labkit.engine.model import BaseModel
+from labkit.errors import LabkitError
+
+PEFT_PREFIX = "base_model.model."  # what PEFT puts before the name of every weight in a file
+warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several adapters are the point
+WEIGHTS, CONFIG, NOTE = "adapter_model.safetensors", "adapter_config.json", "labkit.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an adapter begins to act.
+
+    `activated` False: everywhere (plain LoRA). True: where `tokens` begin, the invocation, with
+    which prompts end. `text` is what prompt/completion prompts end with (the separator); empty
+    for chat, whose prompts end with the template's assistant header, and for prompts without a
+    separator, where the adapter acts on the last `len(tokens)` or 8 tokens, whatever they are.
+    """
+
+    activated: bool
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """How many of a prompt's last tokens the adapter acts on (activated only)."""
+        return len(self.tokens) or 8
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A loaded adapter: its `name` inside the network, where it starts, a digest of its weights."""
+
+    name: str
+    start: Start
+    digest: str
+
+
+def create(model: BaseModel, name: str, start: Start, rank: int = 16, dropout: float = 0.0, seed: int = 0) -> Adapter:
+    """Add a fresh adapter to the network: A random, B zero, so that it changes nothing yet."""
+    transposed = any(isinstance(layer, Conv1D) for layer in model.network.modules())  # GPT-2's linear layers
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, lora_dropout=dropout,
+                        target_modules="all-linear", fan_in_fan_out=transposed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.network.add_adapter(config, name)
+    adapter = Adapter(name, start, "")
+    for weight in parameters(model, adapter):
+        weight.data = weight.data.float()  # bfloat16 would round most updates away
+    return adapter
+
+
+def parameters(model: BaseModel, adapter: Adapter) -> list[torch.nn.Parameter]:
+    """The adapter's weights, the only ones that training changes, in a fixed order."""
+    mark = f".{adapter.name}."
+    return [weight for name, weight in sorted(model.network.named_parameters()) if mark in name]
+
+
+@contextmanager
+def active(model: BaseModel, adapter: Adapter | None) -> Iterator[None]:
+    """Within the block the network runs with `adapter`, or as the bare base model for None."""
+    network = model.network
+    if getattr(network, "peft_config", None):  # else no adapter was ever added
+        if adapter is None:
+            network.disable_adapters()
+        else:
+            network.enable_adapters()
+            network.set_adapter(adapter.name)
+    yield
+
+
+def save(model: BaseModel, adapter: Adapter, folder: Path) -> None:
+    """Write the adapter into `folder` in PEFT's format, with a note of where it starts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = adapter_state(model.network, adapter_name=adapter.name)
+    weights = {PEFT_PREFIX + key: value.contiguous() for key, value in state.items()}
+    with paths.replacing(folder / WEIGHTS) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
+    config = replace(model.network.peft_config[adapter.name], inference_mode=True)
+    config.alora_invocation_tokens = list(adapter.start.tokens) or None if adapter.start.activated else None
+    config.base_model_name_or_path = model.network.config.name_or_path
+    # PEFT names the layers that "all-linear" resolved to as a set, whose order is not fixed.
+    settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    paths.write_text(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True, default=str))
+    note = {"start": asdict(adapter.start), "base": model.digest}
+    paths.write_text(folder / NOTE, json.dumps(note, indent=2))
+
+
+def load(model: BaseModel, name: str, folder: Path) -> Adapter:
+    """Add the adapter saved in `folder` to the network under `name`.
+
+    Raises `LabkitError` when files are missing or damaged, or belong to another base model.
+    """
+    start, config, weights = _read(model, folder)
+    # The network is only ever given the tokens on which the adapter acts, so to PEFT it is plain LoRA here.
+    config.alora_invocation_tokens = None
+    model.network.add_adapter(config, name)
+    set_adapter_state(model.network, weights, adapter_name=name)
+    return Adapter(name, start, hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16])
+
+
+def initialise(model: BaseModel, adapter: Adapter, folder: Path) -> None:
+    """Let a fresh adapter begin from the weights saved in `folder`, to train a fine-tuned model on.
+
+    Raises `LabkitError` as `load` does, and where the sizes differ.
+    """
+    try:
+        set_adapter_state(model.network, _read(model, folder)[2], adapter_name=adapter.name)
+    except RuntimeError as error:
+        raise LabkitError(f"The adapter in {folder} has another rank than the one to train; leave the rank out.") from error
+
+
+def _read(model: BaseModel, folder: Path) -> tuple[Start, LoraConfig, dict[str, torch.Tensor]]:
+    try:
+        note = json.loads((folder / NOTE).read_text())
+        config = LoraConfig.from_pretrained(str(folder))
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise LabkitError(f"The adapter in {folder} is missing or damaged ({error}); train the model again.") from error
+    if note["base"].split("-")[0] != model.digest.split("-")[0]:
+        raise LabkitError(
+            f"The adapter in {folder} was trained on another base model; start the service with that model, "
+            "or fine-tune again on this one."
+        )
+    start = Start(note["start"]["activated"], note["start"]["text"], tuple(note["start"]["tokens"]))
+    return start, config, {key.removeprefix(PEFT_PREFIX): value for key, value in weights.items()}
+
+
+def remove(model: BaseModel, adapter: Adapter) -> None:
+    """Take the adapter out of the network again."""
+    model.network.delete_adapter(adapter.name)

@@ -1,0 +1,220 @@
+"""Keys and values of prompts, computed once and kept on disk.
+
+An activated LoRA leaves the prompt to the frozen base model, so a prompt's keys and values
+never change: every epoch, every validation, every job of a sweep and every later request can
+use them again, whichever fine-tuned model asks.
+
+A prompt is cut into blocks of `BLOCK` tokens. A block is named by a hash of the weights and of
+all tokens up to its end, so prompts that begin alike share their first blocks, and one file
+holds one block. Blocks are always computed one block at a time, from the blocks before
+them: what a file holds depends on the tokens alone, not on what was computed beside it.
+"""
+
+import hashlib
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from labkit.engine.model import BaseModel
+
+BLOCK = 64  # tokens
+PAD = 32  # a prompt's last, shorter block is computed at a multiple of this width
+ROWS = 32  # blocks computed in one forward pass: 2,048 tokens keep two to eight cores busy
+TRAILER = 4  # bytes of CRC-32 at the end of a file
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of a prompt: `ids`, which begin at `position` tokens, under a name for all up to there."""
+
+    name: str
+    ids: tuple[int, ...]
+    position: int
+
+
+@dataclass(frozen=True)
+class Past:
+    """Keys and values of several prompts, aligned at their right end.
+
+    `states` is `[layers, 2, rows, heads, tokens, width]`; `lengths` counts each row's tokens.
+    """
+
+    states: torch.Tensor
+    lengths: list[int]
+
+    def as_cache(self) -> DynamicCache:
+        """The same as transformers wants it."""
+        cache = DynamicCache()
+        if self.states.shape[4]:
+            for layer, (keys, values) in enumerate(self.states):
+                cache.update(keys, values, layer)
+        return cache
+
+
+class PromptCache:
+    """Keys and values for prompts of one model, kept in `folder` up to `limit` bytes.
+
+    `weights` names what computed them: the base model by default, or the base with an adapter
+    that acts on prompts too. With `folder` None nothing is kept.
+    """
+
+    def __init__(self, model: BaseModel, folder: Path | None, limit: int = 8 << 30) -> None:
+        self.model = model
+        self.folder = folder
+        self.limit = limit
+        self.computed = self.reused = 0  # tokens, for tests and for `usage`
+        self.full = False  # the disk had no room: go on without keeping
+        self._verified: set[str] = set()
+        self._size = sum(size for _, size, _ in self._files())
+
+    def fetch(self, prompts: Sequence[Sequence[int]], weights: str = "") -> tuple[Past, list[int]]:
+        """The keys and values of `prompts`, and how many tokens of each were found in the cache.
+
+        The adapter named by `weights` must be the active one (none for the base model).
+        """
+        rows = [self._blocks(ids, weights) for ids in prompts]
+        held: dict[str, torch.Tensor] = {}
+        found = []
+        for blocks in rows:
+            known = 0
+            for block in blocks:
+                if block.name not in held:
+                    states = self._read(block)
+                    if states is None:
+                        break
+                    held[block.name] = states
+                known += len(block.ids)
+            found.append(known)
+        self._compute(rows, held)
+        self.reused += sum(found)
+        return self._assemble(rows, held), found
+
+    def _compute(self, rows: list[list[Block]], held: dict[str, torch.Tensor]) -> None:
+        """Compute what is missing, block by block from the left, all rows of one block together."""
+        for level in range(max((len(blocks) for blocks in rows), default=0)):
+            missing: dict[tuple[int, str], list[Block]] = {}
+            for blocks in rows:
+                if level < len(blocks) and blocks[level].name not in held:
+                    width = -(-len(blocks[level].ids) // PAD) * PAD
+                    missing.setdefault((width, blocks[level].name), blocks[: level + 1])
+            for width in sorted({width for width, _ in missing}):
+                todo = [blocks for (other, _), blocks in missing.items() if other == width]
+                for begin in range(0, len(todo), ROWS):
+                    self._forward(todo[begin : begin + ROWS], width, held)
+
+    @torch.inference_mode()
+    def _forward(self, rows: list[list[Block]], width: int, held: dict[str, torch.Tensor]) -> None:
+        """One pass over the last block of every row; the blocks before it are in `held`."""
+        last = [blocks[-1] for blocks in rows]
+        start = last[0].position
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        for row, block in enumerate(last):
+            ids[row, : len(block.ids)] = torch.tensor(block.ids)
+        cache = self._assemble([blocks[:-1] for blocks in rows], held).as_cache()
+        # No mask: every row has the same past, and what stands right of a row's end is never looked at.
+        positions = torch.arange(start, start + width).clamp(max=self.model.context - 1).expand(len(rows), -1)
+        self.model.network.base_model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True)
+        fresh = torch.stack([torch.stack([layer.keys, layer.values]) for layer in cache.layers])
+        for row, block in enumerate(last):
+            states = fresh[:, :, row, :, start : start + len(block.ids)].clone()
+            held[block.name] = states
+            self.computed += len(block.ids)
+            self._write(block, states)
+
+    def _assemble(self, rows: list[list[Block]], held: dict[str, torch.Tensor]) -> Past:
+        lengths = [sum(len(block.ids) for block in blocks) for blocks in rows]
+        longest, shape = max(lengths, default=0), self.model.shape
+        states = torch.zeros(shape.layers, 2, len(rows), shape.heads, longest, shape.width, dtype=shape.dtype)
+        for row, blocks in enumerate(rows):
+            offset = longest - lengths[row]
+            for block in blocks:
+                begin = offset + block.position
+                states[:, :, row, :, begin : begin + len(block.ids)] = held[block.name]
+        return Past(states, lengths)
+
+    def _blocks(self, ids: Sequence[int], weights: str) -> list[Block]:
+        blocks, name = [], hashlib.sha256(f"{self.model.digest}/{weights}/{BLOCK}".encode()).digest()
+        for begin in range(0, len(ids), BLOCK):
+            piece = tuple(ids[begin : begin + BLOCK])
+            name = hashlib.sha256(name + np.array(piece, dtype="<i8").tobytes()).digest()
+            blocks.append(Block(name.hex()[:40], piece, begin))
+        return blocks
+
+    # --- files -----------------------------------------------------------------------------
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / name[:2] / name
+
+    def _read(self, block: Block) -> torch.Tensor | None:
+        if self.folder is None:
+            return None
+        path, shape = self._path(block.name), self.model.shape
+        size = len(block.ids) * shape.bytes_per_token
+        try:
+            if path.stat().st_size != size + TRAILER:
+                return None
+            raw = np.memmap(path, dtype=np.uint8, mode="c", shape=(size + TRAILER,))
+            os.utime(path)  # the oldest are evicted first
+        except OSError:
+            return None
+        if block.name not in self._verified:  # a crash of the machine can leave a file of zeros
+            if zlib.crc32(raw[:size]) != int.from_bytes(raw[size:].tobytes(), "little"):
+                return None
+            self._verified.add(block.name)
+        states = torch.from_numpy(raw[:size]).view(shape.dtype)
+        return states.view(shape.layers, 2, shape.heads, len(block.ids), shape.width)
+
+    def _write(self, block: Block, states: torch.Tensor) -> None:
+        if self.folder is None or self.full:
+            return
+        raw = states.contiguous().view(torch.uint8).numpy().reshape(-1)
+        target = self._path(block.name)
+        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as handle:
+                handle.write(raw.data)
+                handle.write(zlib.crc32(raw).to_bytes(TRAILER, "little"))
+            os.replace(temporary, target)
+        except OSError:  # a full disk: the cache saves time, no result depends on it
+            self.full = True
+            with suppress(OSError):
+                temporary.unlink()
+            return
+        self._verified.add(block.name)
+        self._size += raw.nbytes + TRAILER
+        if self._size > self.limit:
+            self._evict()
+
+    def _files(self) -> Iterator[tuple[float, int, str]]:
+        """Last use, size and path of every block; other processes may delete some meanwhile."""
+        if self.folder is None or not self.folder.exists():
+            return
+        for group in self.folder.iterdir():
+            for entry in os.scandir(group):
+                try:
+                    stat = entry.stat()
+                except FileNotFoundError:
+                    continue
+                yield stat.st_mtime, stat.st_size, entry.path
+
+    def _evict(self) -> None:
+        """Delete the blocks not used for longest until the cache is a tenth below its limit."""
+        files = sorted(self._files())
+        self._size = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if self._size <= 0.9 * self.limit:
+                return
+            try:
+                os.unlink(path)
+            except OSError:  # on Windows a block in use cannot be deleted; the next one can
+                continue
+            self._size -= size

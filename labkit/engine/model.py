@@ -1,0 +1,189 @@
+"""The base model: weights, tokenizer, and the number format this machine is quick in."""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import logging as transformers_logging
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from labkit import paths
+from labkit.engine import attention
+from labkit.errors import LabkitError
+
+# For tokenizers that bring no chat template of their own, such as GPT-2's.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of one token's keys and values: `layers` x (keys, values) x `heads` x `width`."""
+
+    layers: int
+    heads: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that the keys and values of one token take."""
+        return self.layers * 2 * self.heads * self.width * self.dtype.itemsize
+
+
+class BaseModel:
+    """A causal language model with its tokenizer, in evaluation mode and frozen.
+
+    `digest` names the weights' content, so that cached keys and values of one model are never
+    taken for another's. `context` is the longest sequence in tokens.
+    """
+
+    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, digest: str) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.digest = digest
+        self.context = _context_length(network)
+        self.constant_past = network.config._attn_implementation == attention.NAME
+        self.eos = _end_of_text(network, tokenizer)
+        self.shape = _cache_shape(network)
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+        self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`, with nothing added before or after."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes one token stands for; a character may be spread over several tokens."""
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        if piece is None:  # the output layer may be padded beyond the vocabulary
+            return b""
+        if token not in self.tokenizer.all_special_ids and all(c in self._byte_of for c in piece):
+            return bytes(self._byte_of[c] for c in piece)
+        return self.tokenizer.decode([token]).encode()
+
+    @contextmanager
+    def keeping(self, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
+        """Within the block, compute logits at positions (row, column) only: `[1, len(rows), vocabulary]`.
+
+        The output layer costs a quarter of SmolLM2's forward pass, and most positions of a
+        prompt are never asked for their prediction.
+        """
+
+        def select(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (inputs[0][rows, columns].unsqueeze(0), *inputs[1:])
+
+        handle = self.network.get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def load(folder: Path | str, dtype: torch.dtype | None = None) -> BaseModel:
+    """Load a causal LM from a folder in Hugging Face's format (any that transformers can load).
+
+    `dtype` None takes what `fast_dtype()` measured. Raises `LabkitError` when the folder holds
+    no such model.
+    """
+    folder = Path(folder)
+    transformers_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        network = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or fast_dtype(), local_files_only=True, use_safetensors=True
+        )
+        if attention.supported(type(network), network.config):
+            network.set_attn_implementation(attention.NAME)
+    except (OSError, ValueError, KeyError) as error:
+        raise LabkitError(
+            f"{folder} holds no causal language model that transformers can load ({error}). "
+            "Name a folder with config.json, tokenizer.json and *.safetensors files."
+        ) from error
+    return BaseModel(network, tokenizer, f"{_weights_digest(folder)}-{str(network.dtype).removeprefix('torch.')}")
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where this processor multiplies it faster than float32, else float32.
+
+    Measured once per machine and torch version (about a second) and remembered under
+    `LABKIT_HOME`: bfloat16 is 3-4 times as fast on processors with AVX512_BF16 or AMX, and up
+    to hundreds of times slower on some without (pytorch#146508).
+    """
+    if chosen := os.environ.get("LABKIT_DTYPE"):
+        if chosen not in ("float32", "bfloat16"):
+            raise LabkitError(f"LABKIT_DTYPE={chosen} is not known; set it to float32 or bfloat16, or unset it.")
+        return getattr(torch, chosen)
+    note = paths.home() / "machine.json"
+    machine = {"processor": platform.processor() or platform.machine(), "node": platform.node(),
+               "torch": torch.__version__, "threads": torch.get_num_threads()}
+    try:
+        remembered = json.loads(note.read_text())
+    except (OSError, ValueError):
+        remembered = {}
+    if any(remembered.get(key) != value for key, value in machine.items()):
+        seconds = {name: _matmul_seconds(getattr(torch, name)) for name in ("float32", "bfloat16")}
+        remembered = machine | {"seconds": seconds, "dtype": min(seconds, key=lambda name: seconds[name])}
+        paths.write_text(note, json.dumps(remembered, indent=1))
+    return getattr(torch, remembered["dtype"])
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """The best time of a product as large as one of SmolLM2's layers, given at most half a second."""
+    left, right = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    best, end = float("inf"), time.perf_counter() + 0.5
+    while True:
+        begin = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        now = time.perf_counter()
+        best = min(best, now - begin)
+        if now > end:
+            return best
+
+
+def _weights_digest(folder: Path) -> str:
+    """A name for the content of all weight files and the tokenizer: 16 hexadecimal digits."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer.json"), *folder.glob("config.json")])
+    return hashlib.sha256("".join(paths.sha256(file) for file in files).encode()).hexdigest()[:16]
+
+
+def _context_length(network: PreTrainedModel) -> int:
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if length := getattr(network.config, name, None):
+            return int(length)
+    return 2048  # architectures without position embeddings name no limit
+
+
+def _end_of_text(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    for token in (tokenizer.eos_token_id, network.config.eos_token_id):
+        if token is not None:
+            return token[0] if isinstance(token, list) else token
+    raise LabkitError("The model names no end-of-text token; set eos_token in its tokenizer_config.json.")
+
+
+def _cache_shape(network: PreTrainedModel) -> Shape:
+    """Learn the size of keys and values by running one token through the model."""
+    cache = DynamicCache()
+    with torch.inference_mode():
+        network(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    layers = [getattr(layer, "keys", None) for layer in cache.layers]
+    sizes = {tuple(keys.shape) for keys in layers if keys is not None}
+    if len(sizes) != 1 or any(keys is None for keys in layers):
+        raise LabkitError(
+            f"{type(network).__name__} keeps more than plain keys and values between tokens; labkit needs a "
+            "transformer whose layers all attend alike, such as Llama, GPT-2, GPT-Neo, Qwen2 or Mistral."
+        )
+    _, heads, _, width = sizes.pop()
+    return Shape(len(layers), heads, width, network.dtype)

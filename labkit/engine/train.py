@@ -1,0 +1,248 @@
+"""Supervised fine-tuning: one flat loop, as a generator of what happens.
+
+An example is a prompt and a completion; the loss is the mean cross-entropy of the completion's
+tokens. With an activated LoRA the prompt up to its separator comes from the prompt cache and
+only the last few tokens of each example pass through the network: the first epoch costs one
+forward pass over the prompts, and every later one next to nothing.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+
+from labkit import paths
+from labkit.engine import adapter as adapters
+from labkit.engine import attention
+from labkit.engine.adapter import Adapter
+from labkit.engine.cache import Past, PromptCache
+from labkit.engine.encode import Encoded
+from labkit.engine.model import BaseModel
+from labkit.examples import auto_epochs as auto_epochs
+
+LEARNING_RATE = 1e-3  # at learning_rate_multiplier 1; chosen on validation posts, see README.md
+WARMUP = 0.1  # of all steps, from zero up to the full rate; then down to zero along a cosine
+CLIP = 1.0  # the gradient's largest norm
+STATE = "training_state.safetensors"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The hyperparameters of a job, all resolved (no "auto")."""
+
+    n_epochs: int
+    batch_size: int
+    learning_rate_multiplier: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """How many prompts have their keys and values in the cache, before and between epochs."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the optimizer. Losses are nats per completion token; accuracies count tokens."""
+
+    step: int
+    total: int
+    train_loss: float
+    train_accuracy: float
+    valid_loss: float | None = None
+    valid_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The end of an epoch, with the loss over the whole validation set (None without one)."""
+
+    epoch: int
+    step: int
+    full_valid_loss: float | None
+    full_valid_accuracy: float | None
+
+
+class Trainer:
+    """Trains one adapter on encoded examples. Iterate `run()`; stop iterating to stop training.
+
+    `save` writes everything that a later `restore` needs to go on to the same result, to the
+    bit: the adapter, the optimizer's moments, the step, and the state of the random generator.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        adapter: Adapter,
+        cache: PromptCache,
+        training: Sequence[Encoded],
+        validation: Sequence[Encoded],
+        settings: Settings,
+    ) -> None:
+        self.model, self.adapter, self.cache, self.settings = model, adapter, cache, settings
+        self.training, self.validation = list(training), list(validation)
+        self.weights = adapters.parameters(model, adapter)
+        self.rate = LEARNING_RATE * settings.learning_rate_multiplier
+        self.optimizer = torch.optim.AdamW(self.weights, lr=self.rate, weight_decay=0.01)
+        self.step = 0
+        self.steps_per_epoch = math.ceil(len(self.training) / settings.batch_size)
+        self.total = self.steps_per_epoch * settings.n_epochs
+        self.trained_tokens = settings.n_epochs * sum(example.tokens for example in self.training)
+
+    def run(self) -> Iterator[Prepared | Step | Epoch]:
+        """Train to the end from wherever this trainer stands (the start, or a restored state)."""
+        torch.manual_seed(self.settings.seed + self.step)
+        if self.adapter.start.activated:
+            yield from self._prepare()
+        every = max(1, self.total // 20)
+        while self.step < self.total:
+            epoch, within = divmod(self.step, self.steps_per_epoch)
+            batch = self._order(epoch)[within]
+            loss, accuracy = self._update(batch)
+            self.step += 1
+            valid: tuple[float | None, float | None] = (None, None)
+            ends = self.step % self.steps_per_epoch == 0
+            if self.validation and self.step % every == 0 and not ends:
+                valid = self.evaluate(self.validation[:64])
+            full: tuple[float | None, float | None] = (None, None)
+            if self.validation and ends:
+                full = valid = self.evaluate(self.validation)
+            yield Step(self.step, self.total, loss, accuracy, *valid)
+            if ends:
+                yield Epoch(epoch + 1, self.step, *full)
+
+    def evaluate(self, examples: Sequence[Encoded]) -> tuple[float, float]:
+        """Mean loss per completion token and share of tokens predicted right, without learning."""
+        self.model.network.eval()
+        loss, right, count = 0.0, 0, 0
+        ordered = sorted(examples, key=lambda example: example.tokens)
+        with torch.no_grad():
+            for begin in range(0, len(ordered), 32):
+                logits, targets = self._forward(ordered[begin : begin + 32])
+                loss += cross_entropy(logits, targets, reduction="sum").item()
+                right += int((logits.argmax(-1) == targets).sum())
+                count += len(targets)
+        return loss / count, right / count
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter and the optimizer's state into `folder`."""
+        adapters.save(self.model, self.adapter, folder)
+        state = {f"{name}.{i}": self.optimizer.state[w][name].detach().contiguous()
+                 for i, w in enumerate(self.weights) for name in ("exp_avg", "exp_avg_sq")}
+        with paths.replacing(folder / STATE) as temporary:
+            save_file(state, temporary, metadata={"step": str(self.step)})
+
+    def restore(self, folder: Path) -> None:
+        """Go on from what `save` wrote. Raises `OSError` or `SafetensorError` if it is damaged."""
+        state = load_file(folder / STATE)
+        with open(folder / STATE, "rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        weights = load_file(folder / adapters.WEIGHTS)
+        adapters.set_adapter_state(
+            self.model.network,
+            {key.removeprefix(adapters.PEFT_PREFIX): value for key, value in weights.items()},
+            adapter_name=self.adapter.name,
+        )
+        self.step = int(header["__metadata__"]["step"])
+        for i, weight in enumerate(self.weights):
+            self.optimizer.state[weight] = {
+                "step": torch.tensor(float(self.step)),
+                "exp_avg": state[f"exp_avg.{i}"],
+                "exp_avg_sq": state[f"exp_avg_sq.{i}"],
+            }
+
+    # --- one step --------------------------------------------------------------------------
+
+    def _prepare(self) -> Iterator[Prepared]:
+        """Fill the cache, longest prompts first so that a pass's rows are about equally long."""
+        prompts = sorted((e.prompt.ids[: e.prompt.start] for e in [*self.training, *self.validation]),
+                         key=len, reverse=True)
+        with adapters.active(self.model, None):
+            for begin in range(0, len(prompts), 32):
+                self.cache.fetch(prompts[begin : begin + 32])
+                yield Prepared(min(begin + 32, len(prompts)), len(prompts))
+
+    def _order(self, epoch: int) -> list[list[Encoded]]:
+        """The epoch's batches: shuffled by seed and epoch, examples of like length together."""
+        chance = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.training), generator=chance).tolist()
+        size, batches = self.settings.batch_size, []
+        for begin in range(0, len(order), size * 8):
+            window = sorted(order[begin : begin + size * 8], key=lambda i: self.training[i].tokens)
+            batches += [window[i : i + size] for i in range(0, len(window), size)]
+        turn = torch.randperm(len(batches), generator=chance).tolist()
+        return [[self.training[i] for i in batches[t]] for t in turn]
+
+    def _update(self, batch: Sequence[Encoded]) -> tuple[float, float]:
+        done = self.step / self.total
+        pace = min(1.0, (self.step + 1) / max(1.0, WARMUP * self.total)) * 0.5 * (1 + math.cos(math.pi * done))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * pace
+        self.model.network.train()
+        logits, targets = self._forward(batch)
+        loss = cross_entropy(logits, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item(), (logits.argmax(-1) == targets).float().mean().item()
+
+    def _forward(self, batch: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `[supervised tokens, vocabulary]` in float32, and the tokens they should predict."""
+        past = self._past(batch)
+        tails = [example.prompt.ids[length:] + example.completion[:-1]
+                 for example, length in zip(batch, past.lengths, strict=True)]
+        return forward_tails(self.model, self.adapter, past, tails, [example.completion for example in batch])
+
+    def _past(self, batch: Sequence[Encoded]) -> Past:
+        """The prompts' cached part: up to the adapter's start, or nothing for plain LoRA."""
+        if not self.adapter.start.activated:
+            shape = self.model.shape
+            nothing = torch.zeros(shape.layers, 2, len(batch), shape.heads, 0, shape.width, dtype=shape.dtype)
+            return Past(nothing, [0] * len(batch))
+        with adapters.active(self.model, None):
+            return self.cache.fetch([example.prompt.ids[: example.prompt.start] for example in batch])[0]
+
+
+def forward_tails(
+    model: BaseModel, adapter: Adapter | None, past: Past, tails: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run each row's `tails` on top of its past, keeping the logits that predict its `targets`.
+
+    The last target of a row is predicted at its tail's last token, the others before it.
+    """
+    ids, mask, positions = tail_inputs(model, past, tails)
+    rows = torch.tensor([row for row, target in enumerate(targets) for _ in target])
+    columns = torch.tensor([len(tail) - len(target) + i
+                            for tail, target in zip(tails, targets, strict=True) for i in range(len(target))])
+    with adapters.active(model, adapter), model.keeping(rows, columns):
+        if model.constant_past:
+            with attention.over(past.states, past.lengths):
+                logits = model.network(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+        else:
+            logits = model.network(input_ids=ids, attention_mask=mask, position_ids=positions,
+                                   past_key_values=past.as_cache(), use_cache=True).logits[0]
+    return logits.float(), torch.tensor([token for target in targets for token in target])
+
+
+def tail_inputs(
+    model: BaseModel, past: Past, tails: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, attention mask and positions of `tails`: `[rows, longest tail]`, filled at the right."""
+    width, longest = max(map(len, tails)), max(past.lengths)
+    ids = torch.zeros(len(tails), width, dtype=torch.long)
+    mask = torch.zeros(len(tails), longest + width, dtype=torch.long)
+    for row, (tail, length) in enumerate(zip(tails, past.lengths, strict=True)):
+        ids[row, : len(tail)] = torch.tensor(tail)
+        mask[row, longest - length : longest + len(tail)] = 1
+    positions = torch.tensor(past.lengths)[:, None] + torch.arange(width)
+    return ids, mask, positions.clamp(max=model.context - 1)

@@ -1,0 +1,340 @@
+"""What makes the engine true: cached and uncached agree, the base stays frozen, seeds decide, loss falls."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from labkit.engine import adapter as adapters
+from labkit.engine import encode, generate, model, train
+from labkit.engine.cache import BLOCK, PromptCache
+from labkit.examples import Chat, Completion, check
+from tests import tiny
+
+KINDS = ("llama", "gpt2", "gpt_neo")
+SEPARATOR = "\n\n###\n\n"
+
+
+def posts(count: int = 24, words: int = 12) -> list[Completion]:
+    """Posts whose label stands in them, of different lengths."""
+    made = []
+    for i in range(count):
+        label = ("bat", "ice")[i % 2]
+        text = " ".join(["the game"] * (1 + i * 5 % words)) + f" {label} number {i}"
+        made.append(Completion(text + SEPARATOR, f" {label}"))
+    return made
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def base_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make(tmp_path_factory.mktemp("model") / request.param, request.param)
+
+
+@pytest.fixture
+def base(base_folder: Path) -> model.BaseModel:
+    return model.load(base_folder, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make(tmp_path_factory.mktemp("model") / "llama", "llama")
+
+
+@pytest.fixture
+def llama(llama_folder: Path) -> model.BaseModel:
+    return model.load(llama_folder, torch.float32)
+
+
+def trainer(base: model.BaseModel, folder: Path | None, activated: bool = True, name: str = "own",
+            epochs: int = 4, seed: int = 7, rate: float = 20.0) -> train.Trainer:
+    examples = posts()
+    start = encode.find_start(base, examples, activated)
+    encoded, _ = encode.encode_examples(base, examples, start)
+    adapter = adapters.create(base, name, start, rank=4, seed=seed)
+    settings = train.Settings(epochs, 4, rate, seed)
+    return train.Trainer(base, adapter, PromptCache(base, folder), encoded[:20], encoded[20:], settings)
+
+
+def logits_without_cache(base: model.BaseModel, example: encode.Encoded, adapter: adapters.Adapter) -> torch.Tensor:
+    """The completion's logits by one plain forward pass of PEFT's own model over the whole sequence."""
+    ids = torch.tensor([example.prompt.ids + example.completion])
+    whole = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base.network.config.name_or_path, dtype=torch.float32), adapter
+    )
+    offset = len(ids[0]) - example.prompt.start
+    extra = {"alora_offsets": [offset]} if whole.active_peft_config.alora_invocation_tokens else {}
+    with torch.no_grad():
+        logits = whole(input_ids=ids, **extra).logits[0]
+    return logits[len(example.prompt.ids) - 1 : -1]
+
+
+@pytest.mark.parametrize("activated", [True, False])
+def test_training_beats_chance_and_its_adapter_means_the_same_in_peft(
+    base: model.BaseModel, tmp_path: Path, activated: bool
+) -> None:
+    job = trainer(base, tmp_path / "cache", activated)
+    before = {name: weight.clone() for name, weight in base.network.named_parameters() if ".own." not in name}
+    losses = [event.train_loss for event in job.run() if isinstance(event, train.Step)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    after = dict(base.network.named_parameters())
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())  # the base is frozen
+
+    job.save(tmp_path / "adapter")
+    base.network.eval()
+    for example in job.validation:
+        with torch.no_grad():
+            ours, _ = job._forward([example])
+        theirs = logits_without_cache(base, example, tmp_path / "adapter")
+        torch.testing.assert_close(ours.log_softmax(-1), theirs.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_peft_finds_the_place_where_an_activated_adapter_starts_by_itself(
+    llama: model.BaseModel, tmp_path: Path
+) -> None:
+    job = trainer(llama, None)
+    list(job.run())
+    job.save(tmp_path / "adapter")
+    peft = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(llama.network.config.name_or_path, dtype=torch.float32),
+        tmp_path / "adapter",
+    )
+    example = job.validation[0]
+    ids = example.prompt.ids + example.completion
+    with torch.no_grad():
+        theirs = peft(input_ids=torch.tensor([ids])).logits[0, len(example.prompt.ids) - 1 : -1]
+        llama.network.eval()
+        ours, _ = job._forward([example])
+    torch.testing.assert_close(ours.log_softmax(-1), theirs.log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activated", [True, False])
+def test_one_seed_gives_one_adapter_to_the_bit(llama_folder: Path, tmp_path: Path, activated: bool) -> None:
+    files = []
+    for run, seed in enumerate((7, 7, 8)):  # the second run finds the first one's cache, the third another seed
+        base = model.load(llama_folder, torch.float32)
+        job = trainer(base, tmp_path / "cache", activated, seed=seed)
+        list(job.run())
+        job.save(tmp_path / str(run))
+        files.append((tmp_path / str(run) / adapters.WEIGHTS).read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+@pytest.mark.parametrize("activated", [True, False])
+def test_a_stopped_run_goes_on_to_the_same_adapter(llama_folder: Path, tmp_path: Path, activated: bool) -> None:
+    whole = trainer(model.load(llama_folder, torch.float32), None, activated)
+    list(whole.run())
+    whole.save(tmp_path / "whole")
+
+    first = trainer(model.load(llama_folder, torch.float32), None, activated)
+    for event in first.run():
+        if isinstance(event, train.Epoch):
+            break
+    first.save(tmp_path / "part")
+    second = trainer(model.load(llama_folder, torch.float32), None, activated)
+    second.restore(tmp_path / "part")
+    steps = [event.step for event in second.run() if isinstance(event, train.Step)]
+    assert steps[0] == first.step + 1
+    second.save(tmp_path / "resumed")
+    for name in (adapters.WEIGHTS, train.STATE):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+
+
+def test_prompts_that_begin_alike_are_computed_once(base: model.BaseModel, tmp_path: Path) -> None:
+    cache = PromptCache(base, tmp_path)
+    common = list(range(3, 3 + 2 * BLOCK))
+    prompts = [common + [10 + i] * (i + 1) for i in range(5)]
+    past, found = cache.fetch(prompts)
+    assert found == [0] * 5
+    assert cache.computed == len(common) + sum(range(1, 6))
+    again, found = PromptCache(base, tmp_path).fetch(prompts)
+    assert found == [len(prompt) for prompt in prompts]
+    assert torch.equal(past.states, again.states)
+
+
+def test_what_is_cached_does_not_depend_on_what_was_computed_beside_it(base: model.BaseModel) -> None:
+    prompts = [[(7 * i + j) % 300 for j in range(20 + 30 * i)] for i in range(5)]
+    together = PromptCache(base, None).fetch(prompts)[0]
+    for row, prompt in enumerate(prompts):
+        alone = PromptCache(base, None).fetch([prompt])[0]
+        torch.testing.assert_close(together.states[:, :, row, :, -len(prompt) :], alone.states[:, :, 0],
+                                   atol=1e-5, rtol=1e-4)
+
+
+def test_a_damaged_block_is_noticed_and_computed_again(llama: model.BaseModel, tmp_path: Path) -> None:
+    prompt = list(range(3, 60))
+    good = PromptCache(llama, tmp_path).fetch([prompt])[0]
+    file = next(path for path in tmp_path.rglob("*") if path.is_file())
+    file.write_bytes(bytes(file.stat().st_size))  # as a crash of the machine may leave it
+    cache = PromptCache(llama, tmp_path)
+    again, found = cache.fetch([prompt])
+    assert found == [0] and torch.equal(good.states, again.states)
+
+
+def test_the_cache_stays_below_its_limit_and_forgets_the_oldest(llama: model.BaseModel, tmp_path: Path) -> None:
+    size = BLOCK * llama.shape.bytes_per_token
+    cache = PromptCache(llama, tmp_path, limit=4 * size)
+    for i in range(8):
+        cache.fetch([[i + 3] * BLOCK])
+    kept = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert 0 < kept <= 4 * size
+    assert cache.fetch([[10] * BLOCK])[1] == [BLOCK] and cache.fetch([[3] * BLOCK])[1] == [0]
+
+
+def test_a_cache_that_cannot_write_changes_no_result(llama: model.BaseModel, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    cache = PromptCache(llama, None)
+    cache.folder = blocked / "cache"
+    states = cache.fetch([[5, 6, 7]])[0].states
+    assert cache.full and torch.equal(states, PromptCache(llama, None).fetch([[5, 6, 7]])[0].states)
+
+
+def request(base: model.BaseModel, text: str, adapter: adapters.Adapter | None = None, **kwargs) -> generate.Request:
+    prompt = encode.encode_text(base, text, adapter.start if adapter else None)
+    return generate.Request(prompt, adapter, **{"max_tokens": 8, "temperature": 0, **kwargs})
+
+
+def finish(base: model.BaseModel, requests: list[generate.Request]) -> list[generate.Sequence]:
+    generator = generate.Generator(base, PromptCache(base, None))
+    sequences = generator.add(requests)
+    while generator.running:
+        generator.step()
+    return sequences
+
+
+def test_greedy_answers_are_those_of_transformers(base: model.BaseModel) -> None:
+    prompts = ["the game tonight", "a", "the good game " * 12]
+    answers = finish(base, [request(base, prompt) for prompt in prompts])
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([base.encode(prompt)])
+        for token in answer.tokens:
+            with torch.no_grad():
+                scores = base.network(ids).logits[0, -1].log_softmax(-1)
+            assert token.id == int(scores.argmax())
+            assert token.logprob == pytest.approx(float(scores.max()), abs=1e-3)
+            ids = torch.cat([ids, torch.tensor([[token.id]])], dim=1)
+
+
+def test_sequences_may_join_and_leave_a_running_batch(base: model.BaseModel, tmp_path: Path) -> None:
+    job = trainer(base, None)
+    list(job.run())
+    job.save(tmp_path)
+    own = adapters.load(base, "loaded", tmp_path)
+    wanted = [request(base, "the game" + SEPARATOR, own, max_tokens=6), request(base, "one", max_tokens=9),
+              request(base, "good good good" + SEPARATOR, own, max_tokens=2), request(base, "two", max_tokens=3)]
+    alone = [finish(base, [one])[0] for one in wanted]
+    generator = generate.Generator(base, PromptCache(base, None))
+    joined = generator.add(wanted[:2])
+    generator.step()
+    joined += generator.add(wanted[2:])
+    while generator.running:
+        generator.step()
+    assert [[t.id for t in s.tokens] for s in joined] == [[t.id for t in s.tokens] for s in alone]
+    for one, other in zip(joined, alone, strict=True):
+        assert [t.logprob for t in one.tokens] == pytest.approx([t.logprob for t in other.tokens], abs=1e-3)
+
+
+def test_a_plain_adapter_keeps_its_own_prompt_cache(llama: model.BaseModel, tmp_path: Path) -> None:
+    job = trainer(llama, None, activated=False)
+    list(job.run())
+    job.save(tmp_path)
+    own = adapters.load(llama, "loaded", tmp_path)
+    text = "the good game " * 20 + SEPARATOR
+    cache = PromptCache(llama, None)
+    generator = generate.Generator(llama, cache)
+    mixed = generator.add([request(llama, text), request(llama, text, own)])
+    generator.step()
+    scores = [generate.score(llama, encode.encode_text(llama, text + " x", a.start if a else None), a) for a in (None, own)]
+    assert mixed[0].tokens[0].logprob != mixed[1].tokens[0].logprob
+    for sequence, adapter in zip(mixed, (None, own), strict=True):
+        ids = torch.tensor([llama.encode(text)])
+        with adapters.active(llama, adapter), torch.no_grad():
+            expected = llama.network(ids).logits[0, -1].log_softmax(-1)
+        assert sequence.tokens[0].logprob == pytest.approx(float(expected.max()), abs=1e-4)
+    assert scores[0][-1].logprob != scores[1][-1].logprob
+
+
+def test_stop_sequences_never_show_and_a_beginning_of_one_is_held_back(llama: model.BaseModel) -> None:
+    free = finish(llama, [request(llama, "the game", max_tokens=12)])[0]
+    assert len(free.text) > 6
+    stop = free.text[3:6]
+    generator = generate.Generator(llama, PromptCache(llama, None))
+    sequence = generator.add([request(llama, "the game", max_tokens=12, stop=(stop,))])[0]
+    shown = []
+    while generator.running:
+        generator.step()
+        shown.append(sequence.text)
+    assert sequence.finish_reason == "stop" and sequence.text == free.text[: free.text.index(stop)]
+    assert all(sequence.text.startswith(text) for text in shown)
+
+
+def test_a_seed_decides_what_is_sampled(llama: model.BaseModel) -> None:
+    drawn = [finish(llama, [request(llama, "the", temperature=1.5, seed=seed, max_tokens=20)])[0].text
+             for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_top_p_zero_is_greedy(llama: model.BaseModel) -> None:
+    greedy = finish(llama, [request(llama, "the")])[0].text
+    assert finish(llama, [request(llama, "the", temperature=2.0, top_p=0.0)])[0].text == greedy
+
+
+def test_log_probabilities_are_a_distribution(llama: model.BaseModel) -> None:
+    size = llama.network.config.vocab_size
+    token = finish(llama, [request(llama, "the", top_logprobs=size, max_tokens=1)])[0].tokens[0]
+    assert sum(math.exp(score) for _, score in token.top) == pytest.approx(1, abs=1e-4)
+    assert token.top[0] == (token.id, pytest.approx(token.logprob))
+
+
+def test_prompt_scores_are_those_of_one_plain_pass(base: model.BaseModel) -> None:
+    prompt = encode.encode_text(base, "the game tonight was a good game", None)
+    scored = generate.score(base, prompt, None, top=2)
+    with torch.no_grad():
+        expected = base.network(torch.tensor([prompt.ids])).logits[0].log_softmax(-1)
+    assert math.isnan(scored[0].logprob)
+    for place, token in enumerate(scored[1:]):
+        assert token.logprob == pytest.approx(float(expected[place, prompt.ids[place + 1]]), abs=1e-4)
+
+
+def test_a_chat_is_learned_turn_by_turn_and_weight_0_is_not(llama: model.BaseModel) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no", "weight": 0},
+             {"role": "user", "content": "and?"}, {"role": "assistant", "content": "yes"}]
+    report = check([{"messages": turns}], minimum=1)
+    chat = report.examples[0]
+    assert isinstance(chat, Chat) and not report.problems
+    start = encode.find_start(llama, [chat], True)
+    (only,), _ = encode.encode_examples(llama, [chat], start)
+    assert llama.tokenizer.decode(only.completion) == "yes<|im_end|>"
+    prompt = llama.tokenizer.decode(only.prompt.ids)
+    assert prompt.endswith("and?<|im_end|>\n<|im_start|>assistant\n") and "no<|im_end|>" in prompt
+    assert llama.tokenizer.decode(only.prompt.ids[only.prompt.start :]) == "<|im_start|>assistant\n"
+
+
+def test_a_prompt_too_long_loses_its_beginning_only(llama: model.BaseModel) -> None:
+    example = Completion("lost " * tiny.CONTEXT + "kept" + SEPARATOR, " bat")
+    start = encode.find_start(llama, [example], True)
+    (encoded,), cut = encode.encode_examples(llama, [example], start)
+    assert cut == 1 and encoded.tokens == llama.context
+    assert llama.tokenizer.decode(encoded.prompt.ids).endswith("kept" + SEPARATOR)
+    assert llama.tokenizer.decode(encoded.prompt.ids[encoded.prompt.start :]) == SEPARATOR
+
+
+def test_a_completion_too_long_is_refused(llama: model.BaseModel) -> None:
+    example = Completion("short" + SEPARATOR, " bat" * tiny.CONTEXT)
+    with pytest.raises(ValueError, match="Example 1 has a completion of .* tokens"):
+        encode.encode_examples(llama, [example], encode.find_start(llama, [example], True))
+
+
+@pytest.mark.parametrize(("prompts", "expected"), [
+    (["a\n\n###\n\n", "b\n\n###\n\n"], "\n\n###\n\n"), (["one ->", "two ->"], " ->"), (["one", "two"], ""),
+    (["ends alike.\n--", "as well.\n--"], "\n--"), (["", ""], "")])
+def test_the_separator_is_what_all_prompts_end_with(prompts: list[str], expected: str) -> None:
+    assert encode.separator(prompts) == expected
+
+
+@pytest.mark.parametrize(("examples", "epochs"), [(10, 10), (33, 3), (100, 3), (9000, 2), (30000, 1), (1, 25)])
+def test_automatic_epochs_follow_the_published_rule(examples: int, epochs: int) -> None:
+    assert train.auto_epochs(examples) == epochs
