@@ -177,7 +177,7 @@ def _parse_chat(row: dict[str, Any], line: int) -> Chat | Problem:
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
         return Problem(line, "messages", "\"messages\" must be a list with at least one message.",
-                       "Write [{\"role\": \"user\", \"content\": \"…\"}, {\"role\": \"assistant\", \"content\": \"…\"}].")
+                       "Write [{\"role\": \"user\", \"content\": …}, {\"role\": \"assistant\", \"content\": …}].")
     for unsupported in ("tools", "functions"):
         if row.get(unsupported):
             return Problem(line, unsupported, f"\"{unsupported}\" cannot be trained on here yet.",
@@ -222,7 +222,7 @@ def _clean_text(line: int, where: str, text: str) -> Problem | None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return Problem(line, where, "The text holds half of a surrogate pair.", "Write the character itself, or drop it.")
+        return Problem(line, where, "The text holds half of a surrogate pair.", "Write the character itself.")
     return None
 
 

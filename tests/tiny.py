@@ -28,7 +28,8 @@ def make(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
     text = ["From: someone Subject: the game tonight was a good game, baseball or hockey? ###"] * 4
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bare.train_from_iterator(text, trainer)
     tokenizer = PreTrainedTokenizerFast(

@@ -29,7 +29,7 @@ from labkit.engine.model import BaseModel
 from labkit.errors import LabkitError
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before the name of every weight in a file
-warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")  # several adapters are the point
+warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute.*")  # several adapters are the point
 WEIGHTS, CONFIG, NOTE = "adapter_model.safetensors", "adapter_config.json", "labkit.json"
 
 
@@ -133,7 +133,7 @@ def initialise(model: BaseModel, adapter: Adapter, folder: Path) -> None:
     try:
         set_adapter_state(model.network, _read(model, folder)[2], adapter_name=adapter.name)
     except RuntimeError as error:
-        raise LabkitError(f"The adapter in {folder} has another rank than the one to train; leave the rank out.") from error
+        raise LabkitError(f"The adapter in {folder} has another rank than the one to train; leave it out.") from error
 
 
 def _read(model: BaseModel, folder: Path) -> tuple[Start, LoraConfig, dict[str, torch.Tensor]]:

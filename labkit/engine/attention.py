@@ -58,6 +58,7 @@ def attend(
     if past is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     states, hidden = past
+    assert isinstance(module.layer_idx, int)
     keys, values = states[module.layer_idx]
     rows, heads, fresh, width = query.shape
     groups = key.shape[1]

@@ -166,7 +166,7 @@ class PromptCache:
         except OSError:
             return None
         if block.name not in self._verified:  # a crash of the machine can leave a file of zeros
-            if zlib.crc32(raw[:size]) != int.from_bytes(raw[size:].tobytes(), "little"):
+            if zlib.crc32(raw[:size].data) != int.from_bytes(raw[size:].tobytes(), "little"):
                 return None
             self._verified.add(block.name)
         states = torch.from_numpy(raw[:size]).view(shape.dtype)
@@ -182,7 +182,7 @@ class PromptCache:
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as handle:
                 handle.write(raw.data)
-                handle.write(zlib.crc32(raw).to_bytes(TRAILER, "little"))
+                handle.write(zlib.crc32(raw.data).to_bytes(TRAILER, "little"))
             os.replace(temporary, target)
         except OSError:  # a full disk: the cache saves time, no result depends on it
             self.full = True

@@ -238,7 +238,8 @@ class _Batch:
         row = 0
         for batch in (first, second):
             for place, length in enumerate(batch.lengths):
-                states[:, :, row, :, longest - length :] = batch.states[:, :, place, :, batch.used - length : batch.used]
+                filled = batch.states[:, :, place, :, batch.used - length : batch.used]
+                states[:, :, row, :, longest - length :] = filled
                 row += 1
         whole = _Batch(first.adapter, first.rows + second.rows, Past(states, lengths))
         whole.logits = torch.cat([first.logits, second.logits])

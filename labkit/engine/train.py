@@ -28,6 +28,8 @@ from labkit.examples import auto_epochs as auto_epochs
 LEARNING_RATE = 1e-3  # at learning_rate_multiplier 1; chosen on validation posts, see README.md
 WARMUP = 0.1  # of all steps, from zero up to the full rate; then down to zero along a cosine
 CLIP = 1.0  # the gradient's largest norm
+AT_ONCE = 16  # prompts read between two looks at whether to stop
+GLANCE = 32  # validation examples looked at ten times a run; all of them at the end of each epoch
 STATE = "training_state.safetensors"
 
 
@@ -102,7 +104,7 @@ class Trainer:
         torch.manual_seed(self.settings.seed + self.step)
         if self.adapter.start.activated:
             yield from self._prepare()
-        every = max(1, self.total // 20)
+        every = max(1, self.total // 10)
         while self.step < self.total:
             epoch, within = divmod(self.step, self.steps_per_epoch)
             batch = self._order(epoch)[within]
@@ -111,7 +113,7 @@ class Trainer:
             valid: tuple[float | None, float | None] = (None, None)
             ends = self.step % self.steps_per_epoch == 0
             if self.validation and self.step % every == 0 and not ends:
-                valid = self.evaluate(self.validation[:64])
+                valid = self.evaluate(self.validation[:GLANCE])
             full: tuple[float | None, float | None] = (None, None)
             if self.validation and ends:
                 full = valid = self.evaluate(self.validation)
@@ -166,9 +168,9 @@ class Trainer:
         prompts = sorted((e.prompt.ids[: e.prompt.start] for e in [*self.training, *self.validation]),
                          key=len, reverse=True)
         with adapters.active(self.model, None):
-            for begin in range(0, len(prompts), 32):
-                self.cache.fetch(prompts[begin : begin + 32])
-                yield Prepared(min(begin + 32, len(prompts)), len(prompts))
+            for begin in range(0, len(prompts), AT_ONCE):
+                self.cache.fetch(prompts[begin : begin + AT_ONCE])
+                yield Prepared(min(begin + AT_ONCE, len(prompts)), len(prompts))
 
     def _order(self, epoch: int) -> list[list[Encoded]]:
         """The epoch's batches: shuffled by seed and epoch, examples of like length together."""

@@ -247,7 +247,8 @@ def test_a_plain_adapter_keeps_its_own_prompt_cache(llama: model.BaseModel, tmp_
     generator = generate.Generator(llama, cache)
     mixed = generator.add([request(llama, text), request(llama, text, own)])
     generator.step()
-    scores = [generate.score(llama, encode.encode_text(llama, text + " x", a.start if a else None), a) for a in (None, own)]
+    scores = [generate.score(llama, encode.encode_text(llama, text + " x", adapter.start if adapter else None), adapter)
+              for adapter in (None, own)]
     assert mixed[0].tokens[0].logprob != mixed[1].tokens[0].logprob
     for sequence, adapter in zip(mixed, (None, own), strict=True):
         ids = torch.tensor([llama.encode(text)])
