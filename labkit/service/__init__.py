@@ -1,0 +1,19 @@
+"""The service: HTTP and jobs only. Tensors are the engine's business.
+
+    run.py         serve(): one home, one port, one key; start, ready, clean stop
+    app.py         create_app(): the routes put together
+    gate.py        what every request passes: id, host, key, size, log line
+    errors.py      one error shape everywhere
+    schemas.py     request bodies: what is offered, what is refused by name
+    objects.py     the SDK's own types as the shape of all that is stored and answered
+    store.py       SQLite and blobs under one home folder
+    paging.py      after, limit, order
+    files.py       /v1/files
+    jobs.py        /v1/fine_tuning/jobs
+    models.py      /v1/models, aliases, which weights a name stands for
+    inference.py   /v1/completions and /v1/chat/completions
+    answers.py     the engine's sequences as the SDK's answers and chunks
+    scheduler.py   the one thread that owns the model and batches requests
+    supervisor.py  the thread that starts, watches and restarts workers
+    worker.py      the process of one job: validate, or train
+"""

@@ -1,0 +1,82 @@
+"""The routes put together as one application."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import APIRouter, FastAPI
+
+from labkit import paths
+from labkit.service import errors, files, inference, jobs, models
+from labkit.service.gate import Gate
+from labkit.service.models import Models
+from labkit.service.scheduler import Scheduler
+from labkit.service.store import Store
+from labkit.service.supervisor import Supervisor
+
+BASE_NAME = "smollm2-135m-instruct"
+ALIASES = paths.COURSE / "data" / "model_aliases.json"
+LOCAL_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
+
+
+class Activity:
+    """When this service was last asked for anything, and how much it is answering now."""
+
+    def __init__(self) -> None:
+        self.latest, self.open = time.monotonic(), 0
+
+    def touched(self, change: int) -> None:
+        """A request begins (+1) or ends (-1)."""
+        self.latest, self.open = time.monotonic(), self.open + change
+
+    def idle_seconds(self) -> float:
+        """How long nothing was asked for."""
+        return 0.0 if self.open else time.monotonic() - self.latest
+
+
+def create_app(
+    home: Path,
+    base: Path,
+    key: str,
+    base_name: str = BASE_NAME,
+    aliases: Path = ALIASES,
+    hosts: frozenset[str] = LOCAL_NAMES,
+    warm: bool = True,
+) -> FastAPI:
+    """The service of the folder `home`, answering with the base model in the folder `base`.
+
+    Only its SHA-256 is kept of `key`. `warm` loads the model at once instead of with the first
+    prompt. Nobody else may serve `home` meanwhile (`run.serve` sees to that). `app.state` holds
+    the `supervisor` and the `activity`. Raises `LabkitError` when the alias table is broken.
+    """
+    store = Store(home)
+    store.sweep()
+    known = Models(store, base_name, models.read_aliases(aliases))
+    scheduler = Scheduler(base, base_name, home / "cache" / "prompts")
+    supervisor = Supervisor(store, base)
+    activity = Activity()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        scheduler.start()
+        supervisor.start()
+        if warm:
+            scheduler.warm()
+        yield
+        await asyncio.gather(asyncio.to_thread(supervisor.close), asyncio.to_thread(scheduler.close))
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.supervisor, app.state.activity = supervisor, activity
+    router = APIRouter(prefix="/v1")
+    router.include_router(files.routes(store))
+    router.include_router(jobs.routes(known, supervisor.wake))
+    router.include_router(models.routes(known))
+    router.include_router(inference.routes(known, scheduler))
+    app.include_router(router)
+    errors.install(app)
+    digest = hashlib.sha256(key.encode()).digest()
+    app.add_middleware(Gate, key_digest=digest, hosts=hosts, touched=activity.touched)
+    return app

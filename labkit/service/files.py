@@ -1,0 +1,106 @@
+"""/v1/files. A training file's syntax is checked at once, its examples when a job validates it."""
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse
+from openai.types import FileDeleted
+
+from labkit import examples
+from labkit.service import objects
+from labkit.service.errors import ApiError, bad_request
+from labkit.service.multipart import Upload
+from labkit.service.objects import Body
+from labkit.service.paging import listing, page
+from labkit.service.store import Row, Store
+
+PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
+FILE_LIMIT = 512 << 20  # bytes, as at OpenAI
+MIN_EXPIRY, MAX_EXPIRY = 3600, 30 * 86400  # seconds, as at OpenAI
+
+
+def find(store: Store, id: str) -> Row:
+    """The file of that id. Raises 404 if there is none, or none any more."""
+    drop_expired(store)
+    row = store.get("file", id)
+    if row is None:
+        raise ApiError(404, f"No such file: '{id}'. files.list() shows the files of this service.", "file_not_found",
+                       "id")
+    return row
+
+
+def drop_expired(store: Store) -> None:
+    """Delete the files whose time is over."""
+    for id in store.expired(objects.now()):
+        store.delete_file(id)
+
+
+def routes(store: Store) -> APIRouter:
+    """The routes under /v1/files."""
+    router = APIRouter()
+
+    @router.post("/files")
+    async def create_file(request: Request) -> Body:
+        with Upload(request.headers.get("content-type", ""), store.incoming, FILE_LIMIT) as upload:
+            async for piece in request.stream():
+                await run_in_threadpool(upload.write, piece)
+            return await run_in_threadpool(_accept, store, upload)
+
+    @router.get("/files")
+    def list_files(request: Request) -> Body:
+        drop_expired(store)
+        wanted = page(request, store, "file", default=10_000, most=10_000, filters=["purpose"], ordered=True)
+        purpose = request.query_params.get("purpose")
+        matching = {"purpose": [purpose]} if purpose else None
+        rows = store.rows("file", after=wanted.after, limit=wanted.limit + 1, newest_first=wanted.newest_first,
+                          matching=matching)
+        return listing(rows, wanted)
+
+    @router.get("/files/{id}")
+    def retrieve_file(id: str) -> Body:
+        return find(store, id).body
+
+    @router.get("/files/{id}/content")
+    def file_content(id: str) -> FileResponse:
+        row = find(store, id)
+        return FileResponse(store.files / row.id, media_type="application/octet-stream",
+                            filename=row.body["filename"])
+
+    @router.delete("/files/{id}")
+    def delete_file(id: str) -> Body:
+        find(store, id)
+        store.delete_file(id)
+        return objects.made(FileDeleted, id=id, object="file", deleted=True)
+
+    return router
+
+
+def _accept(store: Store, upload: Upload) -> Body:
+    """Check a whole upload and store it."""
+    upload.finish()
+    for name in upload.fields:
+        if name not in ("purpose", "expires_after[anchor]", "expires_after[seconds]"):
+            raise bad_request(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
+    if upload.filename is None:
+        raise bad_request("Missing required parameter: 'file'. Send the file as a part with a file name.",
+                          "file", "missing_required_parameter")
+    purpose = upload.fields.get("purpose")
+    if purpose not in PURPOSES:
+        wrong = f"'{purpose}' is not one of" if purpose else "Missing required parameter: 'purpose'. Use one of"
+        raise bad_request(f"{wrong} {', '.join(PURPOSES)}.", "purpose")
+    if purpose == "fine-tune" and (problem := examples.first_unreadable(upload.path)):
+        raise bad_request(f"Invalid training file: {problem}", "file", "invalid_jsonl")
+    body = objects.file(objects.new_id("file-"), upload.filename, purpose, upload.size, _expiry(upload.fields))
+    store.adopt(upload.path, body)
+    return body
+
+
+def _expiry(fields: dict[str, str]) -> int | None:
+    anchor, seconds = fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]")
+    if anchor is None and seconds is None:
+        return None
+    if anchor != "created_at":
+        raise bad_request("Invalid 'expires_after.anchor': use 'created_at'.", "expires_after.anchor")
+    if not (seconds and seconds.isascii() and seconds.isdigit() and MIN_EXPIRY <= int(seconds[:12]) <= MAX_EXPIRY):
+        raise bad_request(f"Invalid 'expires_after.seconds': use a number from {MIN_EXPIRY} to {MAX_EXPIRY}.",
+                          "expires_after.seconds")
+    return objects.now() + int(seconds)

@@ -1,0 +1,214 @@
+"""/v1/fine_tuning/jobs. Routes only write what is wanted; the supervisor and its workers act on it.
+
+A job's status in the database is all the control there is: a worker looks at it before every
+step, and stops when it is no longer "running".
+"""
+
+import hashlib
+import secrets
+import shutil
+from collections.abc import Callable, Sequence
+
+from fastapi import APIRouter, Request
+
+from labkit.service import objects
+from labkit.service.errors import ApiError, bad_request
+from labkit.service.models import Models, Weights
+from labkit.service.objects import Body
+from labkit.service.paging import listing, page
+from labkit.service.schemas import Extension, JobCreate
+from labkit.service.store import Row, Store
+
+RANK = 16  # of an adapter, unless `labkit.rank` says otherwise
+RETRY_WINDOW = 1200  # seconds; the SDK gives up on a request after 600 and tries again
+
+
+def find(store: Store, id: str) -> Row:
+    """The job of that id. Raises 404."""
+    row = store.get("job", id)
+    if row is None:
+        raise ApiError(404, f"No such fine-tuning job: '{id}'. fine_tuning.jobs.list() shows the jobs of this service.",
+                       "fine_tune_not_found", "fine_tuning_job_id")
+    return row
+
+
+def routes(models: Models, wake: Callable[[], None]) -> APIRouter:
+    """The routes under /v1/fine_tuning/jobs; `wake` tells the supervisor that there is something to do."""
+    router, store = APIRouter(prefix="/fine_tuning/jobs"), models.store
+
+    @router.post("")
+    def create_job(body: JobCreate, request: Request) -> Body:
+        retried = request.headers.get("x-stainless-retry-count", "0") not in ("", "0")
+        created = _create(models, body, retried)
+        wake()
+        return created
+
+    @router.get("")
+    def list_jobs(request: Request) -> Body:
+        wanted = page(request, store, "job", default=20, most=1000, filters=["metadata"])
+        metadata = _metadata_filter(request)
+        if metadata is None:
+            return listing(store.rows("job", after=wanted.after, limit=wanted.limit + 1, newest_first=True), wanted)
+        rows = store.rows("job", after=wanted.after, newest_first=True)
+        return listing([row for row in rows if metadata(row)][: wanted.limit + 1], wanted)
+
+    @router.get("/{id}")
+    def retrieve_job(id: str) -> Body:
+        return find(store, id).body
+
+    @router.get("/{id}/events")
+    def list_events(id: str, request: Request) -> Body:
+        return _children(store, request, "event", id, default=20)
+
+    @router.get("/{id}/checkpoints")
+    def list_checkpoints(id: str, request: Request) -> Body:
+        return _children(store, request, "checkpoint", id, default=10)
+
+    @router.post("/{id}/cancel")
+    def cancel_job(id: str) -> Body:
+        ended = {"status": "cancelled", "finished_at": objects.now(), "estimated_finish": None}
+        return _switch(store, id, objects.PENDING, ended, "cancelled", wake)
+
+    @router.post("/{id}/pause")
+    def pause_job(id: str) -> Body:
+        active = ("validating_files", "queued", "running")
+        return _switch(store, id, active, {"status": "paused", "estimated_finish": None}, "paused", wake)
+
+    @router.post("/{id}/resume")
+    def resume_job(id: str) -> Body:
+        status = "queued" if find(store, id).inner["validated"] else "validating_files"
+        return _switch(store, id, ("paused",), {"status": status}, "resumed", wake)
+
+    return router
+
+
+# --- create --------------------------------------------------------------------------------------
+
+
+def _create(models: Models, body: JobCreate, retried: bool) -> Body:
+    store = models.store
+    fingerprint = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
+    weights = _trainable(models, body)
+    inner = _plan(models, body, weights) | {"fingerprint": fingerprint}
+    for name in ("training_file", "validation_file"):
+        _check_file(store, name, getattr(body, name))
+    id = objects.new_id("ftjob-")
+    hyperparameters = {name: "auto" if value is None else value for name, value in body.settings()}
+    created = objects.job(
+        id, body.model, body.training_file, body.validation_file,
+        secrets.randbelow(2**31) if body.seed is None else body.seed, hyperparameters, body.metadata)
+    try:
+        with store.transaction():
+            if retried and (earlier := _same(store, fingerprint)):
+                return earlier.body
+            _copy_data(store, id, body, weights)
+            store.add("job", created, inner=inner)
+            store.add("event", objects.event(f"Created fine-tuning job: {id}"), id)
+            if weights.alias:
+                store.add("event", objects.event(
+                    f"{body.model} is an alias on this service: the model that is trained is {models.base_name}, "
+                    "on this machine."), id)
+    except BaseException:
+        shutil.rmtree(store.jobs / id, ignore_errors=True)
+        raise
+    return created
+
+
+def _trainable(models: Models, body: JobCreate) -> Weights:
+    try:
+        return models.weights(body.model)
+    except ApiError as error:
+        raise ApiError(400, f"Model '{body.model}' is not available for fine-tuning or does not exist. {error.message}",
+                       "model_not_available", "model") from None
+
+
+def _plan(models: Models, body: JobCreate, weights: Weights) -> Body:
+    """What only the service has to know about a job: how its model is made, and what it will be called."""
+    wanted = body.labkit
+    inner = {"root": models.base_name, "base": body.model,
+             "adapter": wanted.adapter or "activated", "rank": wanted.rank or RANK,
+             "limit": wanted.max_tokens_per_example, "parent": None, "validated": False, "step": 0,
+             "model_id": objects.new_id("", 8)}
+    if weights.folder is not None:
+        parent = models.store.get("model", body.model)
+        if parent is None:
+            raise models.unknown(body.model)
+        inner |= {"parent": body.model, **{name: parent.inner[name] for name in ("base", "adapter", "rank")}}
+        _check_continues(wanted, parent)
+    inner["name"] = f"ft:{inner['base']}:{objects.ORGANIZATION}:{body.suffix}:{inner['model_id']}"
+    return inner
+
+
+def _check_continues(wanted: Extension, parent: Row) -> None:
+    for name in ("adapter", "rank"):
+        if getattr(wanted, name) not in (None, parent.inner[name]):
+            raise bad_request(f"'{parent.id}' has {name} {parent.inner[name]}, which training on cannot change. Leave "
+                              f"out labkit.{name}, or start from the base model.", f"labkit.{name}")
+
+
+def _check_file(store: Store, param: str, id: str | None) -> None:
+    if id is None:
+        return
+    row = store.get("file", id)
+    if row is None:
+        raise bad_request(f"Invalid {param}: there is no file '{id}'. Upload it with files.create and use the id that "
+                          "it returns.", param, "file_not_found")
+    if row.body["purpose"] != "fine-tune":
+        raise bad_request(f"Invalid {param}: '{id}' was uploaded with purpose '{row.body['purpose']}'. Upload it again "
+                          "with purpose 'fine-tune'.", param, "invalid_file_purpose")
+
+
+def _same(store: Store, fingerprint: str) -> Row | None:
+    """The job that an earlier try of the same request made; the SDK sends no idempotency key."""
+    latest = store.rows("job", newest_first=True, limit=50)
+    return next((row for row in latest if row.inner["fingerprint"] == fingerprint
+                 and row.body["created_at"] > objects.now() - RETRY_WINDOW), None)
+
+
+def _copy_data(store: Store, id: str, body: JobCreate, weights: Weights) -> None:
+    """The job's own copy of all it needs: files and models may be deleted while it waits or is paused."""
+    wanted = {"training.jsonl": store.files / body.training_file}
+    if body.validation_file:
+        wanted["validation.jsonl"] = store.files / body.validation_file
+    if weights.folder is not None:
+        wanted |= {f"parent/{path.name}": path for path in weights.folder.iterdir()}
+    for name, source in wanted.items():
+        store.keep_copy(source, store.jobs / id / name)
+
+
+# --- lists and switches --------------------------------------------------------------------------
+
+
+def _children(store: Store, request: Request, kind: str, job_id: str, default: int) -> Body:
+    find(store, job_id)
+    wanted = page(request, store, kind, default=default, most=1000, parent=job_id)
+    rows = store.rows(kind, job_id, after=wanted.after, limit=wanted.limit + 1, newest_first=True)
+    return listing(rows, wanted)
+
+
+def _metadata_filter(request: Request) -> Callable[[Row], bool] | None:
+    """`metadata[k]=v` for some keys, or `metadata=null`."""
+    pairs: dict[str, str] = {}
+    for name, value in request.query_params.items():
+        if name == "metadata":
+            if value != "null" or len([key for key in request.query_params if key.startswith("metadata")]) > 1:
+                raise bad_request("Filter by metadata[key]=value, or by metadata=null alone.", "metadata")
+            return lambda row: row.body["metadata"] is None
+        if name.startswith("metadata["):
+            pairs[name.removeprefix("metadata[").removesuffix("]")] = value
+    if not pairs:
+        return None
+    return lambda row: pairs.items() <= (row.body["metadata"] or {}).items()
+
+
+def _switch(store: Store, id: str, expect: Sequence[str], body: Body, done: str, wake: Callable[[], None]) -> Body:
+    """Move a job to another status, or answer 400, which the SDK does not retry as it would a 409."""
+    with store.transaction():
+        changed = store.change("job", id, body, expect=expect)
+        if changed is None:
+            status = find(store, id).body["status"]
+            raise ApiError(400, f"Job {id} cannot be {done}: its status is '{status}'.", "invalid_job_state",
+                           "fine_tuning_job_id", retry=False)
+        store.add("event", objects.event(f"Fine-tuning job {done}"), id)
+    wake()
+    return changed.body

@@ -1,0 +1,289 @@
+"""The one thread that owns the model: it batches the requests of all clients.
+
+Between two tokens it takes in new requests, by turns from all waiting calls, as many as the
+generator has room for; so a long generation holds up nobody for longer than one token. Adapters
+are read from the models' folders when they are first asked for.
+"""
+
+import queue
+import threading
+import time
+import traceback
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from labkit.errors import DataError, LabkitError
+from labkit.service.calls import Call, Reader
+from labkit.service.errors import ApiError, bad_request, from_exception, internal_error
+from labkit.service.gate import log
+from labkit.service.models import Weights
+from labkit.service.turns import AnsweringSign
+
+if TYPE_CHECKING:
+    from labkit.engine.adapter import Adapter
+    from labkit.engine.encode import Prompt
+    from labkit.engine.generate import Request
+
+ADAPTERS = 8  # kept in memory
+MAX_WAITING = 20_000  # answers; more are turned away with 429
+
+
+class Scheduler(threading.Thread):
+    """Hand it a `Call` by `submit`; stop one by `cancel`. The model is loaded in the thread."""
+
+    def __init__(self, base: Path, base_name: str, cache: Path) -> None:
+        super().__init__(name="scheduler", daemon=True)
+        self.base, self.base_name, self.cache = base, base_name, cache
+        self._sign = AnsweringSign(cache.parent)
+        self._inbox: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._calls: deque[Call] = deque()  # accepted and not finished
+        self._readers: dict[int, tuple[Call, Reader]] = {}  # of running sequences, by their id()
+        self._adapters: OrderedDict[Path, Adapter] = OrderedDict()
+        self._loaded = self._closing = False
+        self._answers = 0  # submitted and not finished
+        self._lock = threading.Lock()  # of that number
+
+    # --- for other threads ---------------------------------------------------------------------
+
+    def submit(self, call: Call) -> None:
+        """Queue a call. Raises 429 when too many answers are waiting already."""
+        if self._answers and self._answers + call.size > MAX_WAITING:
+            raise ApiError(429, f"{self._answers} answers are waiting already. Try again a little later, with fewer "
+                                "requests at a time.", "rate_limit_exceeded", headers={"Retry-After": "2"})
+        self._count(call.size)
+        self._inbox.put(call)
+
+    def cancel(self, call: Call) -> None:
+        """Nobody waits for this call any more."""
+        call.cancelled = True
+
+    def warm(self) -> None:
+        """Load the model now rather than with the first call."""
+        self._inbox.put(None)
+
+    def close(self) -> None:
+        """End the thread after the token it is at."""
+        self._closing = True
+        self._inbox.put(None)
+        self.join(2)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._answers += change
+
+    # --- the thread ----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve calls until `close`."""
+        while not self._closing:
+            self._receive()
+            if not self._calls:
+                continue
+            try:
+                if self._calls:
+                    self._sign.show()
+                self._drop_cancelled()
+                self._score_one()
+                self._admit()
+                self._step()
+            except Exception as error:  # out of memory, say: these calls fail, the next ones may not
+                self._report(error)
+                for call in list(self._calls):
+                    self._end(call, from_exception(error) or internal_error())
+                self._reset()
+
+    def _receive(self) -> None:
+        """Take in new calls; wait for one if there is nothing else to do."""
+        block = not self._calls
+        while True:
+            try:
+                call = self._inbox.get(block=block)
+            except queue.Empty:
+                return
+            block = False
+            if self._closing:
+                return
+            try:
+                self._load()
+                if call is not None and call.cancelled:
+                    self._end(call)
+                elif call is not None:
+                    self._open(call)
+            except Exception as error:
+                self._refuse(call, error)
+
+    def _refuse(self, call: Call | None, error: Exception) -> None:
+        known = from_exception(error)
+        if known is None and isinstance(error, DataError):
+            known = bad_request(str(error), "messages")
+        elif known is None and isinstance(error, LabkitError):
+            known = ApiError(503, str(error), "model_unavailable", retry=False)
+        if known is None or call is None:
+            self._report(error)
+        if call is not None:
+            self._end(call, known or internal_error())
+
+    def _report(self, error: Exception) -> None:
+        # The message of a LabkitError is made for users; another's might quote a text.
+        message = str(error) if isinstance(error, LabkitError) else None
+        log("error", type=type(error).__name__, message=message, frames=traceback.format_tb(error.__traceback__))
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        begin = time.monotonic()
+        from labkit.engine import adapter, encode, generate, model
+        from labkit.engine.cache import PromptCache
+
+        self._adapter_module, self._encode, self._generate = adapter, encode, generate
+        self._model = model.load(self.base)
+        self._cache = PromptCache(self._model, self.cache)
+        self._token_bytes = lru_cache(65_536)(self._model.token_bytes)
+        self._special = frozenset(self._model.tokenizer.all_special_ids)
+        self._fingerprint = f"fp_{self.base_name}_{self._model.digest}"
+        self._reset()
+        self._loaded = True
+        log("model_loaded", fingerprint=self._fingerprint, seconds=round(time.monotonic() - begin, 1))
+
+    def _reset(self) -> None:
+        self._generator = self._generate.Generator(self._model, self._cache)
+        self._readers.clear()
+
+    # --- a call's beginning --------------------------------------------------------------------
+
+    def _open(self, call: Call) -> None:
+        """Encode a call's prompts and queue its requests. Raises what is wrong with them."""
+        adapter = self._adapter(call.weights)
+        call.fingerprint, call.token_bytes = self._fingerprint, self._token_bytes
+        self._check_ids(call.sampling.logit_bias, "logit_bias")
+        for prompt in call.prompts:
+            encoded = self._prompt(prompt, adapter)
+            call.encoded.append(encoded)
+            if call.echoed:
+                call.texts.append(prompt if isinstance(prompt, str) else self._model.tokenizer.decode(encoded.ids))
+        for number, encoded in enumerate(call.encoded):
+            for copy in range(call.copies):
+                if call.sampling.max_tokens != 0:
+                    call.waiting.append((number * call.copies + copy, self._request(call, encoded, adapter, copy)))
+        call.unfinished = len(call.waiting)
+        call.post([])
+        if call.unfinished or call.scored:
+            self._calls.append(call)
+        else:
+            self._end(call)
+
+    def _adapter(self, weights: Weights) -> "Adapter | None":
+        if weights.folder is None:
+            return None
+        if weights.folder not in self._adapters:
+            self._make_room()
+            # The folder's name is unlike any module's and has no dots, which the network's names cannot hold.
+            name = f"adapter_{weights.folder.name}"
+            self._adapters[weights.folder] = self._adapter_module.load(self._model, name, weights.folder)
+        self._adapters.move_to_end(weights.folder)
+        return self._adapters[weights.folder]
+
+    def _make_room(self) -> None:
+        """Forget the adapters not used for longest, unless a call at work needs them."""
+        in_use = {call.weights.folder for call in self._calls}
+        idle = [folder for folder in self._adapters if folder not in in_use]
+        for folder in idle[: max(0, len(self._adapters) + 1 - ADAPTERS)]:
+            self._adapter_module.remove(self._model, self._adapters.pop(folder))
+
+    def _prompt(self, prompt: object, adapter: "Adapter | None") -> "Prompt":
+        start, model = adapter.start if adapter else None, self._model
+        if isinstance(prompt, str):
+            encoded, param = self._encode.encode_text(model, prompt, start), "prompt"
+        elif isinstance(prompt, list):
+            self._check_ids(prompt, "prompt")
+            encoded, param = self._encode.encode_ids(prompt, start), "prompt"
+        else:
+            assert isinstance(prompt, tuple)
+            encoded, param = self._encode.encode_chat(model, prompt, start), "messages"
+        if len(encoded.ids) >= model.context:
+            raise bad_request(f"This model's maximum context length is {model.context} tokens, but the prompt alone "
+                              f"has {len(encoded.ids)}. Shorten it.", param, "context_length_exceeded")
+        return encoded
+
+    def _check_ids(self, ids: Iterable[int], param: str) -> None:
+        vocabulary = self._model.network.get_output_embeddings().weight.shape[0]
+        if not all(0 <= id < vocabulary for id in ids):
+            raise bad_request(f"Invalid '{param}': token ids of this model are 0 to {vocabulary - 1}.", param)
+
+    def _request(self, call: Call, prompt: "Prompt", adapter: "Adapter | None", copy: int) -> "Request":
+        asked = call.sampling
+        room = self._model.context - len(prompt.ids)
+        return self._generate.Request(
+            prompt=prompt, adapter=adapter, max_tokens=room if asked.max_tokens is None else asked.max_tokens,
+            temperature=asked.temperature, top_p=asked.top_p, stop=asked.stop, top_logprobs=asked.top_logprobs,
+            logit_bias=asked.logit_bias, seed=None if asked.seed is None else (asked.seed + copy) % 2**63)
+
+    # --- between two tokens --------------------------------------------------------------------
+
+    def _drop_cancelled(self) -> None:
+        for call in [call for call in self._calls if call.cancelled]:
+            for owner, reader in list(self._readers.values()):
+                if owner is call:
+                    self._generator.drop(reader.sequence)
+                    del self._readers[id(reader.sequence)]
+            self._end(call)
+
+    def _score_one(self) -> None:
+        """Log-probabilities of one prompt, before its call's answers begin."""
+        for call in self._calls:
+            if call.unscored:
+                prompt = call.encoded[len(call.scores)]
+                adapter = self._adapter(call.weights)
+                call.scores.append(self._generate.score(self._model, prompt, adapter, call.sampling.top_logprobs))
+                if not call.unscored and not call.unfinished:
+                    self._end(call)
+                return
+
+    def _admit(self) -> None:
+        """Start as many waiting requests as there is room for, by turns from all calls."""
+        chosen: list[tuple[Call, int, Request]] = []
+        turns = deque(call for call in self._calls if call.waiting and not call.unscored)
+        while turns:
+            call = turns.popleft()
+            index, request = call.waiting[0]
+            if not self._generator.room(*[other for _, _, other in chosen], request):
+                break  # nobody overtakes, or a long prompt might wait for ever
+            call.waiting.popleft()
+            chosen.append((call, index, request))
+            if call.waiting:
+                turns.append(call)
+        if not chosen:
+            return
+        self._calls.rotate(-1)
+        sequences = self._generator.add([request for _, _, request in chosen])
+        for (call, index, _), sequence in zip(chosen, sequences, strict=True):
+            self._readers[id(sequence)] = (call, Reader(sequence, index, self._special))
+            if index % call.copies == 0:
+                call.cached_tokens += sequence.cached_tokens
+
+    def _step(self) -> None:
+        """One token for every running sequence, delivered to those who wait."""
+        if not self._generator.running:
+            return
+        fresh: dict[Call, list[Reader]] = {}
+        for sequence in self._generator.step():
+            call, reader = self._readers[id(sequence)]
+            if sequence.finish_reason:
+                del self._readers[id(sequence)]
+                call.unfinished -= 1
+            if sequence.finish_reason or call.streamed:
+                fresh.setdefault(call, []).append(reader)
+        for call, readers in fresh.items():
+            call.post([reader.take() for reader in readers])
+            if not call.unfinished:
+                self._end(call)
+
+    def _end(self, call: Call, error: ApiError | None = None) -> None:
+        if call in self._calls:
+            self._calls.remove(call)
+        self._count(-call.size)
+        call.post(error)
+

@@ -1,0 +1,171 @@
+"""The thread that starts, watches and restarts workers.
+
+One process validates and one trains at a time, each in the order in which jobs were created; a
+job that was running when the service ended comes first. A worker that dies is started again and
+goes on from its last checkpoint, up to three times without progress.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from labkit import paths
+from labkit.service import objects
+from labkit.service.errors import JobError
+from labkit.service.gate import log
+from labkit.service.store import Row, Store
+from labkit.service.worker import fail
+
+TICK = 0.2  # seconds between looks at the workers
+RESTARTS = 3  # without progress
+CANCEL_SECONDS = 2.0  # a cancelled worker may take to notice it; then it is killed, it has nothing to save
+STOP_SECONDS = 4.0  # a worker may take to save its state when the service shuts down
+STATUSES = {"validate": ("validating_files",), "train": ("running", "queued")}
+
+
+@dataclass
+class Worker:
+    """A running process; `step` is where the job stood when it started."""
+
+    job_id: str
+    process: "subprocess.Popen[bytes]"
+    step: int
+    cancelled_at: float | None = None
+
+
+class Supervisor(threading.Thread):
+    """Give it `wake()` when a job was created or changed, and `close()` at the end."""
+
+    def __init__(self, store: Store, base: Path) -> None:
+        super().__init__(name="supervisor", daemon=True)
+        self.store, self.base = store, base
+        self._workers: dict[str, Worker] = {}
+        self._restarts: dict[str, int] = {}
+        self._changed = threading.Event()
+        self._closing = False
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._changed.set()
+
+    def busy(self) -> bool:
+        """Whether any job is waiting or in work (a paused one is not)."""
+        return bool(self.store.rows("job", limit=1, matching={"status": ("validating_files", "queued", "running")}))
+
+    def close(self) -> None:
+        """Stop all workers, leaving their jobs to be resumed, within `STOP_SECONDS`."""
+        self._closing = True
+        self.wake()
+        self.join(STOP_SECONDS + 2)
+
+    def run(self) -> None:
+        """Look after the workers until `close`."""
+        self._changed.set()
+        while not self._closing:
+            changed = self._changed.wait(TICK)
+            self._changed.clear()
+            try:
+                self._tick(changed)
+            except Exception as error:  # such as a full disk: the next look may find room again
+                log("error", type=type(error).__name__, frames=traceback.format_tb(error.__traceback__))
+        self._stop_workers()
+
+    def _tick(self, changed: bool) -> None:
+        for slot in STATUSES:
+            worker = self._workers.get(slot)
+            if worker and worker.process.poll() is None:
+                self._kill_if_cancelled(worker)
+                continue
+            if worker:
+                del self._workers[slot]
+                self._ended(worker)
+                changed = True
+            if row := self._next(slot):
+                self._start(slot, row)
+        if changed:
+            self._tidy()
+
+    def _next(self, slot: str) -> Row | None:
+        for status in STATUSES[slot]:
+            if rows := self.store.rows("job", limit=1, matching={"status": [status]}):
+                return rows[0]
+        return None
+
+    def _start(self, slot: str, row: Row) -> None:
+        command = [sys.executable, "-m", "labkit.service.worker", str(self.store.home), row.id, str(self.base)]
+        search = os.pathsep.join([str(paths.COURSE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"LABKIT_HOME": str(self.store.home), "PYTHONPATH": search}
+        folder = self.store.jobs / row.id
+        folder.mkdir(exist_ok=True)
+        with open(folder / "worker.log", "ab") as output:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment,
+                creationflags=getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0) if slot == "train" else 0)
+        self._workers[slot] = Worker(row.id, process, row.inner["step"])
+        log("worker", job=row.id, task=slot, pid=process.pid)
+
+    def _kill_if_cancelled(self, worker: Worker) -> None:
+        if self.store.status("job", worker.job_id) != "cancelled":
+            return
+        worker.cancelled_at = worker.cancelled_at or time.monotonic()
+        if time.monotonic() - worker.cancelled_at > CANCEL_SECONDS:
+            worker.process.kill()
+
+    def _ended(self, worker: Worker) -> None:
+        row = self.store.get("job", worker.job_id)
+        code = worker.process.returncode
+        log("worker_ended", job=worker.job_id, code=code, status=row.body["status"] if row else None)
+        if worker.process.stdin:
+            worker.process.stdin.close()
+        if row is None or code == 0 or row.body["status"] not in objects.PENDING or row.body["status"] == "paused":
+            return
+        progress = row.inner["step"] > worker.step
+        count = self._restarts[row.id] = 1 if progress else self._restarts.get(row.id, 0) + 1
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        if count > RESTARTS:
+            fail(self.store, row.id, JobError(
+                "worker_died", f"The training process ended unexpectedly {count} times without progress (last: {how}). "
+                "The machine may be short of memory: use shorter examples (labkit.max_tokens_per_example) or a "
+                f"smaller batch_size. jobs/{row.id}/worker.log in the service's home folder may tell more."))
+        else:
+            message = f"The training process ended unexpectedly ({how}); it goes on from its last checkpoint"
+            self.store.add("event", objects.event(message, "warn"), row.id)
+
+    def _tidy(self) -> None:
+        """Remove the data and states of jobs that have ended; a failed job's log stays."""
+        at_work = {worker.job_id for worker in self._workers.values()}
+        for folder in self.store.jobs.iterdir():
+            row = self.store.get("job", folder.name)
+            # A folder without a row belongs to a job that is being created at this moment.
+            if row is None or row.body["status"] in objects.PENDING or folder.name in at_work:
+                continue
+            if row.body["status"] != "failed":
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != "worker.log":
+                    path.unlink(missing_ok=True)
+
+    def _stop_workers(self) -> None:
+        deadline = time.monotonic() + STOP_SECONDS
+        for worker in self._workers.values():
+            try:
+                assert worker.process.stdin is not None
+                worker.process.stdin.write(b"stop\n")
+                worker.process.stdin.flush()
+            except OSError:  # it has ended already
+                continue
+        for worker in self._workers.values():
+            try:
+                worker.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+                worker.process.wait()
