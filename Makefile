@@ -1,0 +1,41 @@
+# make lab      fine-tune a real language model: the whole lab, headless        (results: build/lab/)
+# make course   open the course in JupyterLab
+# make test     every test: linters, pytest over tests/, nbval over the notebooks
+# make bench    print what training and classifying cost on this machine
+#
+# PYTHON=python3.12          another Python (3.10 or newer)
+# TORCH_INDEX=URL            where to take torch from, for the small CPU build on Linux; see README.md
+
+PYTHON ?= python3
+ifeq ($(OS),Windows_NT)
+BIN := .venv/Scripts
+else
+BIN := .venv/bin
+endif
+INSTALLED := .venv/.installed
+
+.PHONY: lab course test bench clean
+
+lab: $(INSTALLED)
+	$(BIN)/python -m labkit lab
+
+course: $(INSTALLED)
+	$(BIN)/python -m jupyter lab notebooks/solutions/07_lab_fine_tuned_classification.ipynb
+
+test: $(INSTALLED)
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python tests/bench.py
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('labkit needs Python 3.10 or newer, this is %s. Name another: make PYTHON=python3.12' % sys.version.split()[0])"
+	$(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --index-url $(TORCH_INDEX) $(firstword $(shell grep ^torch== requirements.txt)))
+	$(BIN)/python -m pip install -r requirements.txt
+	@$(BIN)/python -c "open('$(INSTALLED)', 'w').close()"
+
+clean:
+	rm -rf .venv build

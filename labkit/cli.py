@@ -1,0 +1,83 @@
+"""The `labkit` command: serve, stop, lab."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from labkit import __version__
+from labkit.errors import LabkitError
+
+PORT = 8712
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 failed with a message, 2 wrong usage, 130 interrupted."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except LabkitError as error:
+        print(f"labkit {parsed.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="labkit",
+        description="Fine-tuning through the OpenAI SDK, on your own machine.",
+        epilog="examples:\n  labkit lab             the whole lab, headless\n"
+               "  labkit serve           the local service, for notebooks and scripts of your own\n"
+               "  labkit stop            end a service that a notebook started",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"labkit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = _command(commands, "serve", _serve, "run the local service",
+                     "  labkit serve\n  labkit serve --port 0          any free port\n"
+                     "  labkit serve --base-model ./gpt2   another model, in Hugging Face's format")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    serve.add_argument("--port", type=int, default=PORT, help=f"port (default: {PORT}; 0: any free one)")
+    serve.add_argument("--base-model", type=Path, metavar="FOLDER",
+                       help="a causal LM that transformers can load (default: SmolLM2-135M-Instruct)")
+    serve.add_argument("--idle-exit", type=float, metavar="MINUTES", help="end after so long without work")
+
+    _command(commands, "stop", _stop, "end the running local service", "  labkit stop")
+
+    lab = _command(commands, "lab", _lab, "run the lab notebook headless and print its results",
+                   "  labkit lab\n  labkit lab --out my-results")
+    lab.add_argument("--out", type=Path, default=Path("build/lab"), metavar="FOLDER",
+                     help="where notebook, HTML, figures and results.json go (default: build/lab)")
+    return parser
+
+
+def _command(commands, name, run, help, examples):  # type: ignore[no-untyped-def]
+    command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".",
+                                  epilog=f"examples:\n{examples}",
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.set_defaults(run=run)
+    return command
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    from labkit import assets, paths
+    from labkit.service.run import serve
+
+    base = parsed.base_model or assets.base_model()
+    return serve(parsed.host, parsed.port, paths.home(), base,
+                 idle_exit=None if parsed.idle_exit is None else parsed.idle_exit * 60)
+
+
+def _stop(parsed: argparse.Namespace) -> int:
+    from labkit.client.connect import stop_service
+
+    print("Stopped." if stop_service() else "No local service is running.")
+    return 0
+
+
+def _lab(parsed: argparse.Namespace) -> int:
+    from labkit.lab import run
+
+    return run(parsed.out)

@@ -1,0 +1,1 @@
+"""What learners call: it speaks to services over HTTP only and never imports the engine or the service."""
