@@ -1,6 +1,7 @@
 """The `labkit` command: serve, stop, lab."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -63,10 +64,11 @@ def _command(commands, name, run, help, examples):  # type: ignore[no-untyped-de
 
 def _serve(parsed: argparse.Namespace) -> int:
     from labkit import assets, paths
-    from labkit.service.run import serve
+    from labkit.service.run import BASE_NAME, serve
 
     base = parsed.base_model or assets.base_model()
-    return serve(parsed.host, parsed.port, paths.home(), base,
+    own = parsed.base_model is None and "LABKIT_BASE_MODEL" not in os.environ
+    return serve(parsed.host, parsed.port, paths.home(), base, BASE_NAME if own else base.resolve().name.lower(),
                  idle_exit=None if parsed.idle_exit is None else parsed.idle_exit * 60)
 
 

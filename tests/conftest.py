@@ -27,14 +27,16 @@ ENDED = ("succeeded", "failed", "cancelled")
 class RunningService:
     """A service process on its own home folder, started and ended by the tests."""
 
-    def __init__(self, home: Path, base: Path, warm: bool = True) -> None:
+    def __init__(self, home: Path, base: Path, warm: bool = True, tiny: bool = True) -> None:
+        """`tiny` runs float32 on one thread, which suits a tiny model; otherwise all is as users have it."""
         self.home, self.base, self.warm = home, base, warm
+        self.settings = {"LABKIT_DTYPE": "float32", "OMP_NUM_THREADS": "1"} if tiny else {}
         self.log_file = home.with_suffix(".log")
         self.start()
 
     def start(self) -> None:
         """Start the process and wait until it has printed where it answers."""
-        environment = os.environ | {"LABKIT_DTYPE": "float32", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(paths.COURSE)}
+        environment = os.environ | self.settings | {"PYTHONPATH": str(paths.COURSE)}
         with open(self.log_file, "ab") as log:
             warm = "warm" if self.warm else "cold"
             self.process = subprocess.Popen(

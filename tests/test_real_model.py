@@ -20,7 +20,7 @@ LIMIT = 64  # tokens of each post
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    service = RunningService(tmp_path_factory.mktemp("real") / "home", assets.base_model(), own_dtype=True)
+    service = RunningService(tmp_path_factory.mktemp("real") / "home", assets.base_model(), tiny=False)
     yield service.client.with_options(timeout=600)
     assert service.stop() == 0
 

@@ -80,7 +80,7 @@ def ensure_service() -> str:
     command = [sys.executable, "-m", "labkit", "serve", "--port", "0", "--idle-exit", str(IDLE_MINUTES)]
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=output,  # stdout shows the key
             start_new_session=True,  # Ctrl-C in the notebook is not for the service; on Windows the flags see to it
             creationflags=WINDOWS_DETACHED,
         )

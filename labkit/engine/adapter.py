@@ -69,10 +69,15 @@ def create(model: BaseModel, name: str, start: Start, rank: int = 16, dropout: f
                         target_modules="all-linear", fan_in_fan_out=transposed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model.network.add_adapter(config, name)
-    adapter = Adapter(name, start, "")
+        return _add(model, config, Adapter(name, start, ""))
+
+
+def _add(model: BaseModel, config: LoraConfig, adapter: Adapter) -> Adapter:
+    """Put an adapter into the network; it is then the active one."""
+    model.network.add_adapter(config, adapter.name)
+    _switch(model, adapter.name)  # adding enables no adapters if they were disabled
     for weight in parameters(model, adapter):
-        weight.data = weight.data.float()  # bfloat16 would round most updates away
+        weight.data = weight.data.float()  # bfloat16 would round away most updates of a training
     return adapter
 
 
@@ -85,14 +90,19 @@ def parameters(model: BaseModel, adapter: Adapter) -> list[torch.nn.Parameter]:
 @contextmanager
 def active(model: BaseModel, adapter: Adapter | None) -> Iterator[None]:
     """Within the block the network runs with `adapter`, or as the bare base model for None."""
-    network = model.network
-    if getattr(network, "peft_config", None):  # else no adapter was ever added
-        if adapter is None:
-            network.disable_adapters()
-        else:
-            network.enable_adapters()
-            network.set_adapter(adapter.name)
+    wanted = adapter.name if adapter else None
+    if wanted != model.active_adapter:  # switching takes milliseconds
+        _switch(model, wanted)
     yield
+
+
+def _switch(model: BaseModel, name: str | None) -> None:
+    if name is None:
+        model.network.disable_adapters()
+    else:
+        model.network.enable_adapters()
+        model.network.set_adapter(name)
+    model.active_adapter = name
 
 
 def save(model: BaseModel, adapter: Adapter, folder: Path) -> None:
@@ -120,9 +130,10 @@ def load(model: BaseModel, name: str, folder: Path) -> Adapter:
     start, config, weights = _read(model, folder)
     # The network is only ever given the tokens on which the adapter acts, so to PEFT it is plain LoRA here.
     config.alora_invocation_tokens = None
-    model.network.add_adapter(config, name)
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]
+    adapter = _add(model, config, Adapter(name, start, digest))
     set_adapter_state(model.network, weights, adapter_name=name)
-    return Adapter(name, start, hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16])
+    return adapter
 
 
 def initialise(model: BaseModel, adapter: Adapter, folder: Path) -> None:
@@ -154,4 +165,5 @@ def _read(model: BaseModel, folder: Path) -> tuple[Start, LoraConfig, dict[str, 
 
 def remove(model: BaseModel, adapter: Adapter) -> None:
     """Take the adapter out of the network again."""
-    model.network.delete_adapter(adapter.name)
+    with active(model, None):
+        model.network.delete_adapter(adapter.name)

@@ -16,7 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "labkit"
-_past: ContextVar[tuple[torch.Tensor, torch.Tensor] | None] = ContextVar("past", default=None)
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+_past: ContextVar[tuple[torch.Tensor, torch.Tensor | None, list[KeysValues]] | None] = ContextVar("past", default=None)
 
 
 def supported(network: type[PreTrainedModel], config: PretrainedConfig) -> bool:
@@ -26,16 +27,19 @@ def supported(network: type[PreTrainedModel], config: PretrainedConfig) -> bool:
 
 
 @contextmanager
-def over(states: torch.Tensor, lengths: list[int]) -> Iterator[None]:
+def over(states: torch.Tensor, lengths: list[int]) -> Iterator[list[KeysValues]]:
     """Within the block, a forward pass without a cache attends over this past as well.
 
-    `states` is `[layers, 2, rows, heads, tokens, width]`, right-aligned; row i has `lengths[i]` tokens.
+    `states` is `[layers, 2, rows, heads, tokens, width]`, right-aligned; row i has `lengths[i]`
+    tokens. The list it yields receives the fresh tokens' keys and values, layer by layer.
     """
-    columns = torch.arange(states.shape[4])
-    hidden = columns < states.shape[4] - torch.tensor(lengths)[:, None]
-    token = _past.set((states, hidden[:, None, None, :]))
+    hidden, longest = None, states.shape[4]
+    if min(lengths) < longest:
+        hidden = (torch.arange(longest) < longest - torch.tensor(lengths)[:, None])[:, None, None, :]
+    fresh: list[KeysValues] = []
+    token = _past.set((states, hidden, fresh))
     try:
-        yield
+        yield fresh
     finally:
         _past.reset(token)
 
@@ -57,7 +61,8 @@ def attend(
     past = _past.get()
     if past is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    states, hidden = past
+    states, hidden, seen = past
+    seen.append((key.detach(), value.detach()))
     assert isinstance(module.layer_idx, int)
     keys, values = states[module.layer_idx]
     rows, heads, fresh, width = query.shape
@@ -65,7 +70,9 @@ def attend(
     shared = heads // groups  # query heads that share one key head
     scaling = width**-0.5 if scaling is None else scaling
     folded = (query * scaling).reshape(rows, groups, shared * fresh, width)
-    before = (folded @ keys.transpose(2, 3)).float().masked_fill(hidden, -torch.inf)
+    before = (folded @ keys.transpose(2, 3)).float()
+    if hidden is not None:
+        before = before.masked_fill(hidden, -torch.inf)
     later = torch.ones(fresh, fresh, dtype=torch.bool).triu(1).repeat(shared, 1)
     among = (folded @ key.transpose(2, 3)).float().masked_fill(later, -torch.inf)
     weights = torch.cat([before, among], dim=-1).softmax(-1).to(query.dtype)

@@ -14,14 +14,18 @@ import hashlib
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
+from labkit.engine import adapter as adapters
+from labkit.engine import attention
+from labkit.engine.adapter import Adapter
 from labkit.engine.model import BaseModel
 
 BLOCK = 64  # tokens
@@ -59,11 +63,7 @@ class Past:
 
 
 class PromptCache:
-    """Keys and values for prompts of one model, kept in `folder` up to `limit` bytes.
-
-    `weights` names what computed them: the base model by default, or the base with an adapter
-    that acts on prompts too. With `folder` None nothing is kept.
-    """
+    """Keys and values for prompts of one model, kept in `folder` up to `limit` bytes (None: nowhere)."""
 
     def __init__(self, model: BaseModel, folder: Path | None, limit: int = 8 << 30) -> None:
         self.model = model
@@ -74,12 +74,12 @@ class PromptCache:
         self._verified: set[str] = set()
         self._size = sum(size for _, size, _ in self._files())
 
-    def fetch(self, prompts: Sequence[Sequence[int]], weights: str = "") -> tuple[Past, list[int]]:
+    def fetch(self, prompts: Sequence[Sequence[int]], adapter: Adapter | None = None) -> tuple[Past, list[int]]:
         """The keys and values of `prompts`, and how many tokens of each were found in the cache.
 
-        The adapter named by `weights` must be the active one (none for the base model).
+        They are the base model's, or those of the base with an `adapter` that acts on prompts too.
         """
-        rows = [self._blocks(ids, weights) for ids in prompts]
+        rows = [self._blocks(ids, adapter.digest if adapter else "") for ids in prompts]
         held: dict[str, torch.Tensor] = {}
         found = []
         for blocks in rows:
@@ -92,7 +92,8 @@ class PromptCache:
                     held[block.name] = states
                 known += len(block.ids)
             found.append(known)
-        self._compute(rows, held)
+        with adapters.active(self.model, adapter) if sum(found) < sum(map(len, prompts)) else nullcontext():
+            self._compute(rows, held)
         self.reused += sum(found)
         return self._assemble(rows, held), found
 
@@ -117,13 +118,20 @@ class PromptCache:
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         for row, block in enumerate(last):
             ids[row, : len(block.ids)] = torch.tensor(block.ids)
-        cache = self._assemble([blocks[:-1] for blocks in rows], held).as_cache()
+        past = self._assemble([blocks[:-1] for blocks in rows], held)
         # No mask: every row has the same past, and what stands right of a row's end is never looked at.
         positions = torch.arange(start, start + width).clamp(max=self.model.context - 1).expand(len(rows), -1)
-        self.model.network.base_model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True)
-        fresh = torch.stack([torch.stack([layer.keys, layer.values]) for layer in cache.layers])
+        run = partial(self.model.network.base_model, input_ids=ids, position_ids=positions)
+        if self.model.constant_past:
+            with attention.over(past.states, past.lengths) as fresh:
+                run(use_cache=False)
+        else:
+            cache = past.as_cache()
+            run(past_key_values=cache, use_cache=True)
+            fresh = [(layer.keys[:, :, start:], layer.values[:, :, start:]) for layer in cache.layers]
+        computed = torch.stack([torch.stack(layer) for layer in fresh])
         for row, block in enumerate(last):
-            states = fresh[:, :, row, :, start : start + len(block.ids)].clone()
+            states = computed[:, :, row, :, : len(block.ids)].clone()
             held[block.name] = states
             self.computed += len(block.ids)
             self._write(block, states)

@@ -98,7 +98,7 @@ class Sequence:
         if token == self._model.eos:
             self._finish("stop")
             return
-        if token not in self._model.tokenizer.all_special_ids:
+        if token not in self._model.special:
             self._text += self._decoder.decode(self.tokens[-1].bytes)
         ends = [place for stop in self.request.stop if (place := self._text.find(stop)) >= 0]
         if ends:
@@ -178,9 +178,7 @@ class Generator:
         """Run the prompts of one adapter, whose tails are equally long, up to the first logits."""
         adapter = requests[0].adapter
         everywhere = adapter if adapter and not adapter.start.activated else None
-        with adapters.active(self.model, everywhere):
-            past, found = self.cache.fetch([r.prompt.ids[: r.prompt.start] for r in requests],
-                                           everywhere.digest if everywhere else "")
+        past, found = self.cache.fetch([r.prompt.ids[: r.prompt.start] for r in requests], everywhere)
         rows = [Sequence(request, self.model, cached) for request, cached in zip(requests, found, strict=True)]
         batch = _Batch(adapter, rows, past)
         batch.forward(self.model, [r.prompt.ids[r.prompt.start :] for r in requests])

@@ -56,6 +56,8 @@ class BaseModel:
         self.context = _context_length(network)
         self.constant_past = network.config._attn_implementation == attention.NAME
         self.eos = _end_of_text(network, tokenizer)
+        self.special = frozenset(tokenizer.all_special_ids)
+        self.active_adapter: str | None = None  # what `adapter.active` has switched to
         self.shape = _cache_shape(network)
         if not tokenizer.chat_template:
             tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
@@ -70,7 +72,7 @@ class BaseModel:
         piece = self.tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # the output layer may be padded beyond the vocabulary
             return b""
-        if token not in self.tokenizer.all_special_ids and all(c in self._byte_of for c in piece):
+        if token not in self.special and all(c in self._byte_of for c in piece):
             return bytes(self._byte_of[c] for c in piece)
         return self.tokenizer.decode([token]).encode()
 

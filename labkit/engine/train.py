@@ -167,10 +167,9 @@ class Trainer:
         """Fill the cache, longest prompts first so that a pass's rows are about equally long."""
         prompts = sorted((e.prompt.ids[: e.prompt.start] for e in [*self.training, *self.validation]),
                          key=len, reverse=True)
-        with adapters.active(self.model, None):
-            for begin in range(0, len(prompts), AT_ONCE):
-                self.cache.fetch(prompts[begin : begin + AT_ONCE])
-                yield Prepared(min(begin + AT_ONCE, len(prompts)), len(prompts))
+        for begin in range(0, len(prompts), AT_ONCE):
+            self.cache.fetch(prompts[begin : begin + AT_ONCE])
+            yield Prepared(min(begin + AT_ONCE, len(prompts)), len(prompts))
 
     def _order(self, epoch: int) -> list[list[Encoded]]:
         """The epoch's batches: shuffled by seed and epoch, examples of like length together."""
@@ -210,8 +209,7 @@ class Trainer:
             shape = self.model.shape
             nothing = torch.zeros(shape.layers, 2, len(batch), shape.heads, 0, shape.width, dtype=shape.dtype)
             return Past(nothing, [0] * len(batch))
-        with adapters.active(self.model, None):
-            return self.cache.fetch([example.prompt.ids[: example.prompt.start] for example in batch])[0]
+        return self.cache.fetch([example.prompt.ids[: example.prompt.start] for example in batch])[0]
 
 
 def forward_tails(

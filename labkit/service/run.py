@@ -45,9 +45,6 @@ def serve(
     home = (home or paths.home()).resolve()
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     os.environ["LABKIT_HOME"] = str(home)  # the engine keeps what it measures of the machine there
-    # Training and answering share the processors. Threads that wait for others by spinning, OpenMP's
-    # default, would take them from the other process: both then run at half speed or less.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if base is None:
         from labkit import assets
 

@@ -142,7 +142,7 @@ class Scheduler(threading.Thread):
         self._model = model.load(self.base)
         self._cache = PromptCache(self._model, self.cache)
         self._token_bytes = lru_cache(65_536)(self._model.token_bytes)
-        self._special = frozenset(self._model.tokenizer.all_special_ids)
+        self._special = self._model.special
         self._fingerprint = f"fp_{self.base_name}_{self._model.digest}"
         self._reset()
         self._loaded = True

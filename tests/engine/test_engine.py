@@ -237,6 +237,24 @@ def test_sequences_may_join_and_leave_a_running_batch(base: model.BaseModel, tmp
         assert [t.logprob for t in one.tokens] == pytest.approx([t.logprob for t in other.tokens], abs=1e-3)
 
 
+def test_adapters_loaded_one_after_another_each_answer_as_themselves(llama_folder: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        job = trainer(model.load(llama_folder, torch.float32), None, seed=seed)
+        list(job.run())
+        job.save(tmp_path / str(seed))
+    served, prompt = model.load(llama_folder, torch.float32), "the game" + SEPARATOR
+    answers = [finish(served, [request(served, prompt)])[0].tokens[0].logprob]  # the base, adapters disabled
+    for seed in (1, 2):
+        own = adapters.load(served, f"loaded{seed}", tmp_path / str(seed))
+        fresh = model.load(llama_folder, torch.float32)
+        alone = adapters.load(fresh, "alone", tmp_path / str(seed))
+        answers.append(finish(served, [request(served, prompt, own)])[0].tokens[0].logprob)
+        expected = finish(fresh, [request(fresh, prompt, alone)])[0].tokens[0].logprob
+        assert answers[-1] == pytest.approx(expected, abs=1e-5)
+        finish(served, [request(served, prompt)])
+    assert len({round(answer, 4) for answer in answers}) == 3
+
+
 def test_a_plain_adapter_keeps_its_own_prompt_cache(llama: model.BaseModel, tmp_path: Path) -> None:
     job = trainer(llama, None, activated=False)
     list(job.run())
