@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from openai.types.fine_tuning import FineTuningJob
 
 from labkit import paths
+from labkit.client.connect import stop_service
 from tests import tiny
 
 BASE_NAME = "tiny-llama"
@@ -22,6 +24,27 @@ START = ("from pathlib import Path; import sys; from labkit.service.run import s
          "raise SystemExit(serve(port=0, home=Path(sys.argv[1]), base=Path(sys.argv[2]), base_name=sys.argv[3], "
          "warm=sys.argv[4] == 'warm'))")
 ENDED = ("succeeded", "failed", "cancelled")
+HOME = paths.COURSE / "build" / "test"  # LABKIT_HOME of the whole run, notebooks included
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the user's own LABKIT_HOME out of it. Only fetched assets stay from one run to the next."""
+    os.environ["LABKIT_HOME"] = str(HOME)
+    _clear()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the service that a notebook started."""
+    stop_service()
+    _clear()
+
+
+def _clear() -> None:
+    for left in HOME.iterdir() if HOME.exists() else []:
+        if left.is_dir() and left.name != "assets":
+            shutil.rmtree(left, ignore_errors=True)
+        elif left.is_file():
+            left.unlink(missing_ok=True)
 
 
 class RunningService:

@@ -18,7 +18,7 @@ from labkit.errors import LabkitError
 
 ENDED = ("succeeded", "failed", "cancelled")
 POLL_SECONDS = 1.0
-REDRAW_SECONDS = 4.0  # a figure costs a tenth of a second that the training could use
+REDRAW_SECONDS = 8.0  # a figure costs a third of a second that the training could use
 
 
 def watch(job: FineTuningJob | str, client: openai.OpenAI | None = None) -> FineTuningJob:
