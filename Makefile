@@ -20,7 +20,7 @@ lab: $(INSTALLED)
 	$(BIN)/python -m labkit lab
 
 course: $(INSTALLED)
-	$(BIN)/python -m jupyter lab notebooks/solutions/07_lab_fine_tuned_classification.ipynb
+	$(BIN)/python -m jupyter lab notebooks/solutions/00_start_here.ipynb
 
 test: $(INSTALLED)
 	$(BIN)/python -m ruff check

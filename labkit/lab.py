@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from labkit import assets, paths
-from labkit.client.connect import running_service, stop_service
+from labkit.client.connect import connect, running_service, stop_service
+from labkit.client.jobs import ENDED
 from labkit.errors import LabkitError
 
 NOTEBOOK = paths.COURSE / "notebooks" / "solutions" / "07_lab_fine_tuned_classification.ipynb"
@@ -28,9 +29,12 @@ def run(out: Path) -> int:
     assets.posts()
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    was_running = running_service() is not None
+    was_running, started = running_service() is not None, time.time()
     try:
         notebook = _execute(out)
+    except BaseException:
+        _cancel_jobs(started)
+        raise
     finally:
         if not was_running:
             stop_service()
@@ -73,6 +77,19 @@ def _execute(out: Path) -> Any:
         bar.close()
         nbformat.write(notebook, out / NOTEBOOK.name)
     return notebook
+
+
+def _cancel_jobs(since: float) -> None:
+    """Cancel what the lab has started: a job left running would go on at the service's next start."""
+    url = running_service()
+    if not url:
+        return
+    client = connect(url)
+    for job in client.fine_tuning.jobs.list():  # newest first
+        if job.created_at < int(since):
+            return
+        if job.status not in ENDED:
+            client.fine_tuning.jobs.cancel(job.id)
 
 
 def _save_html(notebook: Any, out: Path) -> None:

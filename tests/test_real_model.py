@@ -40,10 +40,11 @@ def test_fine_tuning_beats_zero_shot_by_a_margin(real: openai.OpenAI, tmp_path: 
     job = real.fine_tuning.jobs.create(
         model="tiny-llama", training_file=upload(real, "\n".join(map(json.dumps, rows)).encode()), seed=0)
     job = labkit.watch(job, real)
-    assert job.trained_tokens == 3 * sum(tokens.count(row["prompt"]) + 2 for row in rows)  # label, end of text
+    lengths = [tokens.count(row["prompt"].removesuffix(SEPARATOR)) + tokens.count(SEPARATOR) for row in rows]
+    assert job.trained_tokens == 3 * sum(length + 2 for length in lengths)  # the label and the end of text
 
     only_labels = {str(tokens.encode(f" {label}")[0]): 100 for label in LABELS}
     zero_shot = accuracy(real, "tiny-llama", held_out, QUESTION, logit_bias=only_labels)
     fine_tuned = accuracy(real, job.fine_tuned_model or "", held_out, SEPARATOR)
-    # By date, 64 tokens a post: seen 0.78 to 0.86 for three seeds, against 0.5 to 0.66 zero-shot.
+    print(f"zero-shot {zero_shot:.3f}, fine-tuned {fine_tuned:.3f}")
     assert fine_tuned >= 0.7 and fine_tuned >= zero_shot + 0.05
