@@ -62,10 +62,10 @@ class Adapter:
     digest: str
 
 
-def create(model: BaseModel, name: str, start: Start, rank: int = 16, dropout: float = 0.0, seed: int = 0) -> Adapter:
+def create(model: BaseModel, name: str, start: Start, rank: int = 16, seed: int = 0) -> Adapter:
     """Add a fresh adapter to the network: A random, B zero, so that it changes nothing yet."""
     transposed = any(isinstance(layer, Conv1D) for layer in model.network.modules())  # GPT-2's linear layers
-    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, lora_dropout=dropout,
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank,
                         target_modules="all-linear", fan_in_fan_out=transposed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -23,7 +23,6 @@ from labkit.engine.adapter import Adapter
 from labkit.engine.cache import Past, PromptCache
 from labkit.engine.encode import Encoded
 from labkit.engine.model import BaseModel
-from labkit.examples import auto_epochs as auto_epochs
 
 LEARNING_RATE = 1e-3  # at learning_rate_multiplier 1; chosen on validation posts, see README.md
 WARMUP = 0.1  # of all steps, from zero up to the full rate; then down to zero along a cosine

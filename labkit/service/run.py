@@ -20,14 +20,13 @@ from labkit import paths
 from labkit.errors import ServiceError
 from labkit.service.app import BASE_NAME, create_app
 
-PORT = 8712
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GRACE_SECONDS = 2  # for replies under way when the service is told to end
 
 
 def serve(
     host: str = "127.0.0.1",
-    port: int = PORT,
+    port: int = 0,
     home: Path | None = None,
     base: Path | None = None,
     base_name: str = BASE_NAME,

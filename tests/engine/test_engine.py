@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from labkit.engine import adapter as adapters
 from labkit.engine import encode, generate, model, train
 from labkit.engine.cache import BLOCK, PromptCache
-from labkit.examples import Chat, Completion, check
+from labkit.examples import Chat, Completion, auto_epochs, check
 from tests import tiny
 
 KINDS = ("llama", "gpt2", "gpt_neo")
@@ -356,4 +356,4 @@ def test_the_separator_is_what_all_prompts_end_with(prompts: list[str], expected
 
 @pytest.mark.parametrize(("examples", "epochs"), [(10, 10), (33, 3), (100, 3), (9000, 2), (30000, 1), (1, 25)])
 def test_automatic_epochs_follow_the_published_rule(examples: int, epochs: int) -> None:
-    assert train.auto_epochs(examples) == epochs
+    assert auto_epochs(examples) == epochs
