@@ -124,11 +124,14 @@ class Generator:
         """How many sequences are not finished yet."""
         return sum(len(batch.rows) for batch in self._batches.values())
 
-    def room(self, *requests: Request) -> bool:
-        """Whether all of `requests` may be added now. One alone always may when nothing runs."""
+    def room(self, *requests: Request, share: float = 1.0) -> bool:
+        """Whether all of `requests` may be added now, filling no more than `share` of the whole room.
+
+        One alone always may when nothing runs.
+        """
         wanted = [row.request for batch in self._batches.values() for row in batch.rows] + list(requests)
         tokens = sum(min(len(r.prompt.ids) + r.max_tokens, self.model.context) for r in wanted)
-        return len(wanted) <= 1 or (len(wanted) <= MAX_ROWS and tokens <= MAX_TOKENS)
+        return len(wanted) <= 1 or (len(wanted) <= share * MAX_ROWS and tokens <= share * MAX_TOKENS)
 
     @torch.inference_mode()
     def add(self, requests: Many[Request]) -> list[Sequence]:

@@ -9,6 +9,12 @@
     store.py       SQLite and blobs under one home folder
     paging.py      after, limit, order
     files.py       /v1/files
+    uploads.py     /v1/uploads: large files in parts
+    expiry.py      deletes files and uploads whose time is over
+    batches.py     /v1/batches
+    batch_runner.py  sends the requests of batches through the same routes, and writes the answers
+    batch_files.py   a batch's requests and answers on the disk
+    retries.py     requests that the SDK sends again
     jobs.py        /v1/fine_tuning/jobs
     models.py      /v1/models, aliases, which weights a name stands for
     inference.py   /v1/completions and /v1/chat/completions

@@ -10,7 +10,8 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI
 
 from labkit import paths
-from labkit.service import errors, files, inference, jobs, models
+from labkit.service import batches, errors, expiry, files, inference, jobs, models, uploads
+from labkit.service.batch_runner import BatchRunner
 from labkit.service.gate import Gate
 from labkit.service.models import Models
 from labkit.service.scheduler import Scheduler
@@ -63,15 +64,22 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         scheduler.start()
         supervisor.start()
+        runner.start()
+        expiring = asyncio.create_task(expiry.watch(store))
         if warm:
             scheduler.warm()
         yield
+        expiring.cancel()
+        await runner.close()
         await asyncio.gather(asyncio.to_thread(supervisor.close), asyncio.to_thread(scheduler.close))
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    runner = BatchRunner(store, app)
     app.state.supervisor, app.state.activity = supervisor, activity
     router = APIRouter(prefix="/v1")
     router.include_router(files.routes(store))
+    router.include_router(uploads.routes(store))
+    router.include_router(batches.routes(store, runner.wake))
     router.include_router(jobs.routes(known, supervisor.wake))
     router.include_router(models.routes(known))
     router.include_router(inference.routes(known, scheduler))

@@ -8,6 +8,7 @@ import asyncio
 import codecs
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # the engine takes seconds to import, which only the schedule
     from labkit.engine.generate import Request, Sequence, Token
 
 Conversation = tuple[dict[str, str], ...]
+BACKGROUND: ContextVar[bool] = ContextVar("background", default=False)  # set where nobody waits for the answer
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Call:
     cancelled: bool = False
 
     def __post_init__(self) -> None:
+        self.background = BACKGROUND.get()
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[list[Piece] | Exception | None] = asyncio.Queue()
 

@@ -1,9 +1,13 @@
 """/v1/files. A training file's syntax is checked at once, its examples when a job validates it."""
 
+from pathlib import Path
+from typing import Annotated, Literal
+
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from openai.types import FileDeleted
+from pydantic import Field
 
 from labkit import examples
 from labkit.service import objects
@@ -11,11 +15,20 @@ from labkit.service.errors import ApiError, bad_request
 from labkit.service.multipart import Upload
 from labkit.service.objects import Body
 from labkit.service.paging import listing, page
+from labkit.service.schemas import Body as RequestBody
 from labkit.service.store import Row, Store
 
 PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
 FILE_LIMIT = 512 << 20  # bytes, as at OpenAI
+LIMITS = {"fine-tune": FILE_LIMIT, "batch": 200 << 20}  # bytes; of an upload in parts too, as at OpenAI
 MIN_EXPIRY, MAX_EXPIRY = 3600, 30 * 86400  # seconds, as at OpenAI
+
+
+class ExpiresAfter(RequestBody):
+    """How long a file stays, counted from its creation."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=MIN_EXPIRY, le=MAX_EXPIRY)]
 
 
 def find(store: Store, id: str) -> Row:
@@ -26,6 +39,18 @@ def find(store: Store, id: str) -> Row:
         raise ApiError(404, f"No such file: '{id}'. files.list() shows the files of this service.", "file_not_found",
                        "id")
     return row
+
+
+def check(store: Store, param: str, id: str, purpose: str) -> None:
+    """Raises 400 unless the file that the parameter `param` of a request names is there and has that purpose."""
+    drop_expired(store)
+    row = store.get("file", id)
+    if row is None:
+        raise bad_request(f"Invalid {param}: there is no file '{id}'. Upload it with files.create and use the id that "
+                          "it returns.", param, "file_not_found")
+    if row.body["purpose"] != purpose:
+        raise bad_request(f"Invalid {param}: '{id}' was uploaded with purpose '{row.body['purpose']}'. Upload it again "
+                          f"with purpose '{purpose}'.", param, "invalid_file_purpose")
 
 
 def drop_expired(store: Store) -> None:
@@ -87,14 +112,34 @@ def _accept(store: Store, upload: Upload) -> Body:
     if purpose not in PURPOSES:
         wrong = f"'{purpose}' is not one of" if purpose else "Missing required parameter: 'purpose'. Use one of"
         raise bad_request(f"{wrong} {', '.join(PURPOSES)}.", "purpose")
-    if purpose == "fine-tune" and (problem := examples.first_unreadable(upload.path)):
-        raise bad_request(f"Invalid training file: {problem}", "file", "invalid_jsonl")
-    body = objects.file(objects.new_id("file-"), upload.filename, purpose, upload.size, _expiry(upload.fields))
+    body = described(upload.path, upload.filename, purpose, upload.size, _lifetime(upload.fields))
     store.adopt(upload.path, body)
     return body
 
 
-def _expiry(fields: dict[str, str]) -> int | None:
+def check_size(purpose: str, size: int, param: str) -> None:
+    """Raises 413 when `size` bytes are more than a file of this purpose may have."""
+    limit = LIMITS.get(purpose)
+    if limit is not None and size > limit:
+        raise ApiError(413, f"A file with purpose '{purpose}' has at most {limit >> 20} MB, this one has "
+                            f"{size / (1 << 20):.1f} MB. Split it.", "file_too_large", param)
+
+
+def described(path: Path, filename: str, purpose: str, size: int, lifetime: int | None) -> Body:
+    """The file object of the whole content at `path`, which expires after `lifetime` seconds.
+
+    Raises 400 or 413 for a content that a file of this purpose may not have.
+    """
+    check_size(purpose, size, "file")
+    if purpose == "fine-tune" and (problem := examples.first_unreadable(path)):
+        raise bad_request(f"Invalid training file: {problem}", "file", "invalid_jsonl")
+    if purpose == "batch" and lifetime is None:
+        lifetime = MAX_EXPIRY  # as at OpenAI; all other files stay until they are deleted
+    return objects.file(objects.new_id("file-"), filename, purpose, size,
+                        None if lifetime is None else objects.now() + lifetime)
+
+
+def _lifetime(fields: dict[str, str]) -> int | None:
     anchor, seconds = fields.get("expires_after[anchor]"), fields.get("expires_after[seconds]")
     if anchor is None and seconds is None:
         return None
@@ -103,4 +148,4 @@ def _expiry(fields: dict[str, str]) -> int | None:
     if not (seconds and seconds.isascii() and seconds.isdigit() and MIN_EXPIRY <= int(seconds[:12]) <= MAX_EXPIRY):
         raise bad_request(f"Invalid 'expires_after.seconds': use a number from {MIN_EXPIRY} to {MAX_EXPIRY}.",
                           "expires_after.seconds")
-    return objects.now() + int(seconds)
+    return int(seconds)

@@ -17,7 +17,9 @@ from labkit.service.objects import new_id
 
 logger = logging.getLogger("labkit.service")
 BODY_LIMIT = 32 << 20  # bytes of a JSON body
-UPLOAD_LIMIT = 513 << 20  # bytes of a multipart body: OpenAI's 512 MB for a file, and the fields around it
+# Bytes of a multipart body: OpenAI's 512 MB for a file, 64 MB for a part of an upload, and the fields around it.
+UPLOAD_LIMIT, PART_LIMIT = 513 << 20, 65 << 20
+WITHIN = "labkit.within"  # in the scope of a request that the service makes of itself, which no client can set
 DRAIN_LIMIT = 4 << 30  # bytes read and dropped so that a client that sends too much hears why
 
 
@@ -44,7 +46,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         begin, request_id = time.perf_counter(), new_id("req_", 32)
-        note: dict[str, Any] = {}
+        note: dict[str, Any] = dict(scope.get(WITHIN, {}))
         scope.setdefault("state", {})["note"] = note  # routes add to the log line, such as the model
         status = 0
 
@@ -57,7 +59,8 @@ class Gate:
 
         self.touched(+1)
         try:
-            self._check(Headers(scope=scope))
+            if WITHIN not in scope:
+                self._check(Headers(scope=scope))
             await self.app(scope, _limited(scope, receive), send_with_id)
         except Exception as error:
             known = from_exception(error) or internal_error()
@@ -91,7 +94,9 @@ class Gate:
 
 def _limited(scope: Scope, receive: Receive) -> Receive:
     """`receive` that stops a body which is too large, without keeping any of the excess."""
-    limit = UPLOAD_LIMIT if scope["path"].rstrip("/") == "/v1/files" else BODY_LIMIT
+    path = scope["path"].rstrip("/")
+    part = path.startswith("/v1/uploads/") and path.endswith("/parts")
+    limit = UPLOAD_LIMIT if path == "/v1/files" else PART_LIMIT if part else BODY_LIMIT
     total = 0
 
     async def limited() -> Message:

@@ -4,14 +4,13 @@ A job's status in the database is all the control there is: a worker looks at it
 step, and stops when it is no longer "running".
 """
 
-import hashlib
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, Request
 
-from labkit.service import objects
+from labkit.service import files, objects, retries
 from labkit.service.errors import ApiError, bad_request
 from labkit.service.models import Models, Weights
 from labkit.service.objects import Body
@@ -20,7 +19,6 @@ from labkit.service.schemas import Extension, JobCreate
 from labkit.service.store import Row, Store
 
 RANK = 16  # of an adapter, unless `labkit.rank` says otherwise
-RETRY_WINDOW = 1200  # seconds; the SDK gives up on a request after 600 and tries again
 
 
 def find(store: Store, id: str) -> Row:
@@ -38,8 +36,7 @@ def routes(models: Models, wake: Callable[[], None]) -> APIRouter:
 
     @router.post("")
     def create_job(body: JobCreate, request: Request) -> Body:
-        retried = request.headers.get("x-stainless-retry-count", "0") not in ("", "0")
-        created = _create(models, body, retried)
+        created = _create(models, body, retries.retried(request))
         wake()
         return created
 
@@ -87,11 +84,12 @@ def routes(models: Models, wake: Callable[[], None]) -> APIRouter:
 
 def _create(models: Models, body: JobCreate, retried: bool) -> Body:
     store = models.store
-    fingerprint = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
+    fingerprint = retries.fingerprint(body)
     weights = _trainable(models, body)
     inner = _plan(models, body, weights) | {"fingerprint": fingerprint}
     for name in ("training_file", "validation_file"):
-        _check_file(store, name, getattr(body, name))
+        if (id := getattr(body, name)) is not None:
+            files.check(store, name, id, "fine-tune")
     id = objects.new_id("ftjob-")
     hyperparameters = {name: "auto" if value is None else value for name, value in body.settings()}
     created = objects.job(
@@ -99,7 +97,7 @@ def _create(models: Models, body: JobCreate, retried: bool) -> Body:
         secrets.randbelow(2**31) if body.seed is None else body.seed, hyperparameters, body.metadata)
     try:
         with store.transaction():
-            if retried and (earlier := _same(store, fingerprint)):
+            if retried and (earlier := retries.earlier(store, "job", fingerprint)):
                 return earlier.body
             _copy_data(store, id, body, weights)
             store.add("job", created, inner=inner)
@@ -144,25 +142,6 @@ def _check_continues(wanted: Extension, parent: Row) -> None:
         if getattr(wanted, name) not in (None, parent.inner[name]):
             raise bad_request(f"'{parent.id}' has {name} {parent.inner[name]}, which training on cannot change. Leave "
                               f"out labkit.{name}, or start from the base model.", f"labkit.{name}")
-
-
-def _check_file(store: Store, param: str, id: str | None) -> None:
-    if id is None:
-        return
-    row = store.get("file", id)
-    if row is None:
-        raise bad_request(f"Invalid {param}: there is no file '{id}'. Upload it with files.create and use the id that "
-                          "it returns.", param, "file_not_found")
-    if row.body["purpose"] != "fine-tune":
-        raise bad_request(f"Invalid {param}: '{id}' was uploaded with purpose '{row.body['purpose']}'. Upload it again "
-                          "with purpose 'fine-tune'.", param, "invalid_file_purpose")
-
-
-def _same(store: Store, fingerprint: str) -> Row | None:
-    """The job that an earlier try of the same request made; the SDK sends no idempotency key."""
-    latest = store.rows("job", newest_first=True, limit=50)
-    return next((row for row in latest if row.inner["fingerprint"] == fingerprint
-                 and row.body["created_at"] > objects.now() - RETRY_WINDOW), None)
 
 
 def _copy_data(store: Store, id: str, body: JobCreate, weights: Weights) -> None:

@@ -15,13 +15,14 @@ FIELDS_LIMIT = 64 << 10  # bytes of all fields and headers together
 class Upload:
     """Reads one body. `fields` has the small parts; `path` the file part, which was called `filename`.
 
-    As a context manager it removes the file at the end unless it was moved away.
+    The file part must be called `part`. As a context manager it removes the file at the end unless
+    it was moved away.
     """
 
-    def __init__(self, content_type: str, folder: Path, limit: int) -> None:
+    def __init__(self, content_type: str, folder: Path, limit: int, part: str = "file") -> None:
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or b"boundary" not in options:
-            raise bad_request("An upload is sent as multipart/form-data with a boundary.", "file", "invalid_body")
+            raise bad_request("An upload is sent as multipart/form-data with a boundary.", part, "invalid_body")
         try:
             self._parser = MultipartParser(options[b"boundary"], {
                 "on_header_field": self._on_header_field, "on_header_value": self._on_header_value,
@@ -34,7 +35,7 @@ class Upload:
         self.filename: str | None = None
         self.path = folder / new_id("upload-")
         self.size = 0
-        self._limit, self._small = limit, 0
+        self._part, self._limit, self._small = part, limit, 0
         self._file = open(self.path, "wb")  # noqa: SIM115 - closed by finish or __exit__
         self._headers: dict[bytes, bytes] = {}
         self._header = self._value = b""
@@ -99,10 +100,9 @@ class Upload:
         if b"filename" not in options:
             self._name = name
             return
-        if name != "file" or self.filename is not None:
-            raise bad_request("An upload has one file part, called 'file'.", name, "unknown_parameter")
-        whole = options[b"filename"].decode(errors="replace").replace("\\", "/")
-        self.filename, self._name = whole.rsplit("/", 1)[-1][:255] or "upload", None
+        if name != self._part or self.filename is not None:
+            raise bad_request(f"This request has one file part, called '{self._part}'.", name, "unknown_parameter")
+        self.filename, self._name = base_name(options[b"filename"].decode(errors="replace")), None
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._name is not None:
@@ -111,7 +111,8 @@ class Upload:
             return
         self.size += end - start
         if self.size > self._limit:
-            raise ApiError(413, f"The file is larger than {self._limit >> 20} MB. Split it.", "file_too_large", "file")
+            raise ApiError(413, f"The {self._part} is larger than {self._limit >> 20} MB. Split it.", "file_too_large",
+                           self._part)
         self._file.write(data[start:end])
 
     def _on_part_end(self) -> None:
@@ -120,6 +121,11 @@ class Upload:
 
     def _on_end(self) -> None:
         self._whole = True  # the closing boundary was there
+
+
+def base_name(filename: str) -> str:
+    """A file's name as it is shown: without folders, at most 255 characters."""
+    return filename.replace("\\", "/").rsplit("/", 1)[-1][:255] or "upload"
 
 
 def _malformed() -> ApiError:

@@ -10,13 +10,15 @@ import time
 from typing import Any
 
 from openai import BaseModel
-from openai.types import FileObject, Model
+from openai.types import Batch, FileObject, Model, Upload
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
+from openai.types.uploads import UploadPart
 
 ALPHABET = string.ascii_letters + string.digits
 ORGANIZATION = "local"  # what stands for the organisation in the names of fine-tuned models
 PENDING = ("validating_files", "queued", "running", "paused")  # a job that may still go on
+UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")  # a batch that is still worked on
 Body = dict[str, Any]
 
 
@@ -46,6 +48,28 @@ def file(id: str, filename: str, purpose: str, size: int, expires_at: int | None
     return made_loosely(
         FileObject, id=id, object="file", bytes=size, created_at=now(), filename=filename, purpose=purpose,
         status="processed", status_details=None, expires_at=expires_at)
+
+
+def upload(filename: str, purpose: str, size: int, lifetime: int) -> Body:
+    """An upload in parts of `size` bytes as it is created; it expires after `lifetime` seconds."""
+    time = now()
+    return made(Upload, id=new_id("upload_"), object="upload", bytes=size, created_at=time, expires_at=time + lifetime,
+                filename=filename, purpose=purpose, status="pending", file=None)
+
+
+def part(upload_id: str) -> Body:
+    """A part of an upload."""
+    return made(UploadPart, id=new_id("part_"), object="upload.part", created_at=now(), upload_id=upload_id)
+
+
+def batch(endpoint: str, input_file_id: str, window: str, lifetime: int, metadata: dict[str, str] | None) -> Body:
+    """A batch as it is created; it expires after `lifetime` seconds."""
+    time = now()
+    unset = dict.fromkeys(("cancelled_at", "cancelling_at", "completed_at", "error_file_id", "errors", "expired_at",
+                           "failed_at", "finalizing_at", "in_progress_at", "model", "output_file_id", "usage"))
+    return made(Batch, id=new_id("batch_"), object="batch", endpoint=endpoint, input_file_id=input_file_id,
+                completion_window=window, created_at=time, expires_at=time + lifetime, status="validating",
+                metadata=metadata, request_counts={"total": 0, "completed": 0, "failed": 0}, **unset)
 
 
 def job(id: str, model: str, training_file: str, validation_file: str | None, seed: int,

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from labkit.engine.generate import Request
 
 ADAPTERS = 8  # kept in memory
+BACKGROUND_SHARE = 0.5  # of the generator's room: the rest is kept free for clients who wait
+BACKGROUND_PATIENCE = 2.0  # seconds that a batch's requests stand back, so that endless requests do not stop a batch
 MAX_WAITING = 20_000  # answers; more are turned away with 429
 
 
@@ -44,6 +46,7 @@ class Scheduler(threading.Thread):
         self._adapters: OrderedDict[Path, Adapter] = OrderedDict()
         self._loaded = self._closing = False
         self._answers = 0  # submitted and not finished
+        self._background_begun = 0.0  # when a batch's requests were last given a turn
         self._lock = threading.Lock()  # of that number
 
     # --- for other threads ---------------------------------------------------------------------
@@ -231,13 +234,27 @@ class Scheduler(threading.Thread):
                     del self._readers[id(reader.sequence)]
             self._end(call)
 
+    def _in_turn(self) -> list[Call]:
+        """The calls that may begin something now: those of batches only if no client waits, or after a while."""
+        direct = [call for call in self._calls if not call.background]
+        background = [call for call in self._calls if call.background and (call.unscored or call.waiting)]
+        if not direct:
+            return background
+        patient = time.monotonic() < self._background_begun + BACKGROUND_PATIENCE
+        return direct if patient else direct + background[:1]
+
+    def _begun(self, call: Call) -> None:
+        if call.background:
+            self._background_begun = time.monotonic()
+
     def _score_one(self) -> None:
         """Log-probabilities of one prompt, before its call's answers begin."""
-        for call in self._calls:
+        for call in self._in_turn():
             if call.unscored:
                 prompt = call.encoded[len(call.scores)]
                 adapter = self._adapter(call.weights)
                 call.scores.append(self._generate.score(self._model, prompt, adapter, call.sampling.top_logprobs))
+                self._begun(call)
                 if not call.unscored and not call.unfinished:
                     self._end(call)
                 return
@@ -245,16 +262,21 @@ class Scheduler(threading.Thread):
     def _admit(self) -> None:
         """Start as many waiting requests as there is room for, by turns from all calls."""
         chosen: list[tuple[Call, int, Request]] = []
-        turns = deque(call for call in self._calls if call.waiting and not call.unscored)
+        turns = deque(call for call in self._in_turn() if call.waiting and not call.unscored)
         while turns:
             call = turns.popleft()
             index, request = call.waiting[0]
-            if not self._generator.room(*[other for _, _, other in chosen], request):
-                break  # nobody overtakes, or a long prompt might wait for ever
+            share = BACKGROUND_SHARE if call.background else 1.0
+            if not self._generator.room(*[other for _, _, other in chosen], request, share=share):
+                if not call.background:
+                    break  # nobody overtakes, or a long prompt might wait for ever
+                turns = deque(other for other in turns if not other.background)
+                continue
             call.waiting.popleft()
             chosen.append((call, index, request))
             if call.waiting:
                 turns.append(call)
+            self._begun(call)
         if not chosen:
             return
         self._calls.rotate(-1)

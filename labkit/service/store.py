@@ -4,7 +4,9 @@
     files/ID          the content of a file
     models/NAME/      an adapter
     jobs/ID/          a job's own copy of its data, its training state, its worker's log
-    incoming/         uploads that are not whole yet
+    parts/ID/         the parts of an upload
+    batches/ID/       a batch's own copy of its input, and its answers so far
+    incoming/         what is not whole yet
 
 A row holds the object as the API shows it (`body`) and what only the service knows (`inner`).
 The service and its workers write to the same database: WAL lets everybody read meanwhile, and
@@ -22,15 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labkit.errors import ServiceError
+from labkit.service import objects
 from labkit.service.objects import Body
 
 VERSION = 1
 SCHEMA = """
 CREATE TABLE objects (
     n INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of creation, which lists are paged by
-    kind TEXT NOT NULL,                   -- file, job, event, checkpoint, model
+    kind TEXT NOT NULL,                   -- file, upload, part, batch, job, event, checkpoint, model
     id TEXT NOT NULL,
-    parent TEXT NOT NULL,                 -- the job of an event or a checkpoint, else ''
+    parent TEXT NOT NULL,                 -- the job of an event or a checkpoint, a part's upload, else ''
     mark TEXT,                            -- what may happen to a parent only once
     body TEXT NOT NULL,
     inner TEXT NOT NULL
@@ -58,8 +61,8 @@ class Store:
     def __init__(self, home: Path) -> None:
         self.home = home
         self.files, self.models, self.jobs = home / "files", home / "models", home / "jobs"
-        self.incoming = home / "incoming"
-        for folder in (self.files, self.models, self.jobs, self.incoming):
+        self.parts, self.batches, self.incoming = home / "parts", home / "batches", home / "incoming"
+        for folder in (self.files, self.models, self.jobs, self.parts, self.batches, self.incoming):
             folder.mkdir(parents=True, exist_ok=True)
         self._local = threading.local()
         with self.transaction() as db:
@@ -163,6 +166,11 @@ class Store:
         with self.transaction() as db:
             return db.execute("DELETE FROM objects WHERE kind = ? AND id = ?", (kind, id)).rowcount == 1
 
+    def remove_children(self, kind: str, parent: str) -> None:
+        """Delete the rows of that kind which belong to `parent`."""
+        with self.transaction() as db:
+            db.execute("DELETE FROM objects WHERE kind = ? AND parent = ?", (kind, parent))
+
     # --- blobs -------------------------------------------------------------------------------
 
     def adopt(self, temporary: Path, body: Body) -> None:
@@ -219,6 +227,10 @@ class Store:
         # The adapter of an unfinished job's next checkpoint is there before its row is.
         _remove(path for path in self.models.iterdir()
                 if path.name not in folders and path.name.split("-")[0] not in coming)
+        uploads = {row.id for row in self.rows("upload", matching={"status": ["pending"]})}
+        batches = {row.id for row in self.rows("batch", matching={"status": objects.UNFINISHED})}
+        _remove(path for path in self.parts.iterdir() if path.name not in uploads)
+        _remove(path for path in self.batches.iterdir() if path.name not in batches)
         _remove(self.incoming.iterdir())
 
 
