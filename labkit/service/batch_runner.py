@@ -149,14 +149,15 @@ class BatchRunner:
             with self.store.transaction():
                 for name, path in (("output_file_id", results.output), ("error_file_id", results.errors)):
                     if path.stat().st_size:
-                        end[name] = self._publish(id, path, row.inner["output_lifetime"])
+                        end[name] = self._publish(row, path)
                 self.store.change("batch", id, end)
         shutil.rmtree(results.output.parent, ignore_errors=True)
 
-    def _publish(self, id: str, path: Path, lifetime: int | None) -> str:
+    def _publish(self, row: Row, path: Path) -> str:
         """Store answers as a file; the batch's own stay until all is done, should this end half-way."""
+        lifetime = row.inner["output_lifetime"]
         expires_at = None if lifetime is None else objects.now() + lifetime
-        file = objects.file(objects.new_id("file-"), f"{id}_{path.name}", "batch_output", path.stat().st_size,
+        file = objects.file(objects.new_id("file-"), f"{row.id}_{path.name}", "batch_output", path.stat().st_size,
                             expires_at)
         copy = self.store.incoming / file["id"]
         self.store.keep_copy(path, copy)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 ADAPTERS = 8  # kept in memory
 BACKGROUND_SHARE = 0.5  # of the generator's room: the rest is kept free for clients who wait
+BACKGROUND_AT_A_TIME = 8  # prompts read between two tokens, which a client who comes just then waits for
 BACKGROUND_PATIENCE = 2.0  # seconds that a batch's requests stand back, so that endless requests do not stop a batch
 MAX_WAITING = 20_000  # answers; more are turned away with 429
 
@@ -267,7 +268,8 @@ class Scheduler(threading.Thread):
             call = turns.popleft()
             index, request = call.waiting[0]
             share = BACKGROUND_SHARE if call.background else 1.0
-            if not self._generator.room(*[other for _, _, other in chosen], request, share=share):
+            enough = call.background and len(chosen) >= BACKGROUND_AT_A_TIME
+            if enough or not self._generator.room(*[other for _, _, other in chosen], request, share=share):
                 if not call.background:
                     break  # nobody overtakes, or a long prompt might wait for ever
                 turns = deque(other for other in turns if not other.background)

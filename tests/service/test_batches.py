@@ -1,6 +1,7 @@
 """/v1/batches through the SDK: answers, errors by line, cancelling, crashes, and clients who come first."""
 
 import asyncio
+import errno
 import json
 import time
 from collections.abc import Iterator
@@ -9,9 +10,12 @@ from typing import Any
 
 import openai
 import pytest
+from fastapi.testclient import TestClient
 from openai.types import Batch
 
-from labkit.service import batch_files
+from labkit.service import batch_files, batch_runner
+from labkit.service.app import create_app
+from labkit.service.batch_files import Results
 from labkit.service.calls import BACKGROUND, Call, Sampling
 from labkit.service.models import Weights
 from labkit.service.scheduler import Scheduler
@@ -190,6 +194,31 @@ def test_a_batch_goes_on_after_kills_with_no_line_lost_or_asked_twice(own: Runni
     assert sorted((entry["custom_id"] for entry in answers), key=int) == [str(i) for i in range(300)]
     spent = [entry["response"]["body"]["usage"]["completion_tokens"] for entry in answers]
     assert batch.usage and batch.usage.output_tokens == sum(spent)
+
+
+def test_a_full_disk_holds_a_batch_up_and_loses_nothing(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = [OSError(errno.ENOSPC, "No space left on device")] * 2
+    written = Results.add
+
+    def full_at_first(self: Results, custom_id: str, *answer: Any) -> None:
+        if custom_id == "3" and refusals:
+            raise refusals.pop()
+        written(self, custom_id, *answer)
+
+    monkeypatch.setattr(Results, "add", full_at_first)
+    monkeypatch.setattr(batch_runner, "PAUSE", 0.05)
+    app = create_app(tmp_path, tiny_model, "key", base_name="tiny-llama", hosts=frozenset({"testserver"}))
+    with TestClient(app, headers={"Authorization": "Bearer key"}) as client:
+        content = jsonl([line(i) for i in range(6)])
+        file = client.post("/v1/files", data={"purpose": "batch"}, files={"file": ("a.jsonl", content)}).json()["id"]
+        asked = {"input_file_id": file, "endpoint": COMPLETIONS, "completion_window": "24h"}
+        id = client.post("/v1/batches", json=asked).json()["id"]
+        batch = wait_until(lambda: (now := client.get(f"/v1/batches/{id}").json())["status"] == "completed" and now)
+        assert not refusals and batch["request_counts"] == {"total": 6, "completed": 6, "failed": 0}
+        output = client.get(f"/v1/files/{batch['output_file_id']}/content").text
+    assert sorted(json.loads(text)["custom_id"] for text in output.splitlines()) == list("012345")
 
 
 def test_a_batch_whose_time_is_over_says_what_it_left(own: RunningService) -> None:
