@@ -87,7 +87,8 @@ def same(found: Any, right: Any, case: str, tolerance: float = 1e-6) -> None:
     """Raise `Wrong` unless `found` is `right`; numbers may differ by `tolerance`, relative or absolute."""
     if isinstance(right, int | float) and not isinstance(right, bool):
         try:
-            agree = math.isclose(float(found), right, rel_tol=tolerance, abs_tol=tolerance)
+            agree = not isinstance(found, bool | str) and math.isclose(
+                float(found), right, rel_tol=tolerance, abs_tol=tolerance)
         except (TypeError, ValueError):
             agree = False
     else:
