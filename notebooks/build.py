@@ -54,12 +54,8 @@ def clean(notebook: NotebookNode) -> None:
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
-        cell.execution_count = None
         cell.outputs = [output for output in cell.outputs if not _is_debris(cell, output)]
         for output in cell.outputs:
-            output.pop("execution_count", None)
-            if output.output_type == "execute_result":
-                output.execution_count = None
             if "text" in output:
                 output.text = _without_paths(output.text)
             for kind, content in output.get("data", {}).items():
