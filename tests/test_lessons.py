@@ -110,7 +110,7 @@ def test_hints_deepen_and_progress_is_kept(capsys: pytest.CaptureFixture[str]) -
     for tried in range(len(hints) + 2):
         shown = repr(labkit.check("01.4", wrong))
         assert f"Hint {min(tried + 1, 3)} of 3: {hints[min(tried, 2)]}" in shown
-    assert "wrong, 5 tries" in lessons.progress()
+    assert "not yet, tries: 5" in lessons.progress()
     right = labkit.check("01.4", lambda few, tuned, requests, training, epochs:
                          requests * (few - tuned) - epochs * training)
     assert right and repr(right) == "01.4 right: Tokens saved."

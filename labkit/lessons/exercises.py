@@ -138,7 +138,7 @@ def progress() -> str:
             lesson = item.number[:2]
             lines += ["", f"Notebook {lesson}"]
         note = noted.get(item.number, {})
-        state = f"right {note['right']}" if note.get("right") else f"wrong, {note['tries']} tries" if note else "–"
+        state = f"right {note['right']}" if note.get("right") else f"not yet, tries: {note['tries']}" if note else "–"
         lines.append(f"  {item.number}  level {item.level}  {item.title:<50} {state}")
     done = sum(bool(noted.get(item.number, {}).get("right")) for item in exercises())
     return "\n".join([*lines[1:], "", f"{done} of {len(exercises())} exercises right. "
