@@ -54,6 +54,7 @@ def _execute(out: Path) -> Any:
     from tqdm import tqdm
 
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells = _without_exercises(notebook.cells)
     bar = tqdm(total=len(notebook.cells), unit="cell", desc="Running the lab", dynamic_ncols=True)
 
     def started(cell: Any, cell_index: int) -> None:
@@ -77,6 +78,14 @@ def _execute(out: Path) -> Any:
         bar.close()
         nbformat.write(notebook, out / NOTEBOOK.name)
     return notebook
+
+
+def _without_exercises(cells: list[Any]) -> list[Any]:
+    """The cells without exercises and quiz: those are the learner's, and count in the record of progress."""
+    titles = [cell.source.split("\n")[0] for cell in cells]
+    if "## Exercises" not in titles:
+        return cells
+    return cells[:titles.index("## Exercises")] + cells[titles.index("## What we saw"):]
 
 
 def _cancel_jobs(since: float) -> None:
