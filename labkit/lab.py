@@ -106,7 +106,7 @@ def _save_html(notebook: Any, out: Path) -> None:
     from nbconvert import HTMLExporter
     from nbconvert.preprocessors import ExtractOutputPreprocessor
 
-    html, _ = HTMLExporter().from_notebook_node(notebook)
+    html, _ = HTMLExporter(template_name="classic").from_notebook_node(notebook)  # the one that writes figures' texts
     paths.write_text(out / NOTEBOOK.with_suffix(".html").name, html)
     figures = ExtractOutputPreprocessor(output_filename_template="figure_{cell_index:02d}_{index}{extension}")
     _, resources = figures.preprocess(copy.deepcopy(notebook), {"outputs": {}})

@@ -48,6 +48,14 @@ def test_a_run_leaves_notebook_html_figures_and_a_table(run_cells, capsys: pytes
     assert "fine-tuned                     0.950" in table and "authors disjoint   –" in table
 
 
+def test_the_page_has_a_text_for_each_figure(tmp_path: Path) -> None:
+    notebook = nbformat.read(lab.NOTEBOOK, 4)
+    lab._save_html(notebook, tmp_path)
+    page = (tmp_path / lab.NOTEBOOK.with_suffix(".html").name).read_text("utf-8")
+    assert page.count('\nalt="') == len(list((tmp_path / "figures").iterdir())) > 3
+    assert 'alt="Bar chart of the accuracy' in page and "No description" not in page
+
+
 def test_the_lab_leaves_the_exercises_to_the_learner() -> None:
     sources = ["## 1. Connect", "## Exercises", "### Exercise 07.1", "answer = 1", "## Quiz", "## What we saw"]
     kept = lab._without_exercises([new_markdown_cell(source) for source in sources])
