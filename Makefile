@@ -1,6 +1,8 @@
 # make lab      fine-tune a real language model: the whole lab, headless        (results: build/lab/)
 # make course   open the course in JupyterLab
 # make test     every test: linters, pytest over tests/, nbval over the notebooks
+# make slides   render the decks to HTML and PDF                               (build/slides/; needs Node.js)
+# make notebooks  for authors: derive the learners' notebooks from notebooks/solutions/
 # make bench    print what training and classifying cost on this machine
 #
 # PYTHON=python3.12          another Python (3.10 or newer)
@@ -14,18 +16,24 @@ BIN := .venv/bin
 endif
 INSTALLED := .venv/.installed
 
-.PHONY: lab course test bench clean
+.PHONY: lab course test slides notebooks bench clean
 
 lab: $(INSTALLED)
 	$(BIN)/python -m labkit lab
 
 course: $(INSTALLED)
-	$(BIN)/python -m jupyter lab notebooks/solutions/00_start_here.ipynb
+	$(BIN)/python -m jupyter lab notebooks/00_start_here.ipynb
 
 test: $(INSTALLED)
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest
+
+slides:
+	$(PYTHON) slides/render.py
+
+notebooks: $(INSTALLED)
+	$(BIN)/python notebooks/build.py
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/bench.py

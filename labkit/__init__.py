@@ -2,7 +2,8 @@
 
     client = labkit.connect()                  a plain openai.OpenAI; the local service by default
     posts = labkit.posts()                     the lab's data: baseball and hockey posts, a DataFrame
-    labkit.check(file)                         what a fine-tuning job would find wrong with a file
+    labkit.check("01.2", answer)               whether an exercise is solved, with a hint where it is not
+    labkit.quiz("01")                          the quiz of a notebook
     labkit.watch(job)                          progress, time left and live loss curves
     labkit.metrics(job)                        a job's result file as a DataFrame
     labkit.classify(client, model, texts, labels)   labels with probabilities, many requests at once
@@ -21,18 +22,20 @@ if TYPE_CHECKING:
     from labkit.client.jobs import plot_losses as plot_losses
     from labkit.client.jobs import watch as watch
     from labkit.errors import LabkitError as LabkitError
-    from labkit.examples import check as check
+    from labkit.lessons.exercises import check as check
+    from labkit.lessons.quiz import quiz as quiz
 
 __version__ = "0.1.0"
 
 _HOME_OF = {
     "LabkitError": "labkit.errors",
-    "check": "labkit.examples",
+    "check": "labkit.lessons.exercises",
     "classify": "labkit.client.classify",
     "connect": "labkit.client.connect",
     "metrics": "labkit.client.jobs",
     "plot_losses": "labkit.client.jobs",
     "posts": "labkit.client.data",
+    "quiz": "labkit.lessons.quiz",
     "watch": "labkit.client.jobs",
 }
 __all__ = sorted(_HOME_OF)

@@ -1,4 +1,4 @@
-"""The `labkit` command: serve, stop, lab."""
+"""The `labkit` command: serve, stop, lab, progress."""
 
 import argparse
 import os
@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
                    "  labkit lab\n  labkit lab --out my-results")
     lab.add_argument("--out", type=Path, default=Path("build/lab"), metavar="FOLDER",
                      help="where notebook, HTML, figures and results.json go (default: build/lab)")
+
+    _command(commands, "progress", _progress, "show which exercises are done", "  labkit progress")
     return parser
 
 
@@ -83,3 +85,10 @@ def _lab(parsed: argparse.Namespace) -> int:
     from labkit.lab import run
 
     return run(parsed.out)
+
+
+def _progress(parsed: argparse.Namespace) -> int:
+    from labkit.lessons.exercises import progress
+
+    print(progress())
+    return 0

@@ -54,6 +54,7 @@ def _execute(out: Path) -> Any:
     from tqdm import tqdm
 
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells = _without_exercises(notebook.cells)
     bar = tqdm(total=len(notebook.cells), unit="cell", desc="Running the lab", dynamic_ncols=True)
 
     def started(cell: Any, cell_index: int) -> None:
@@ -79,6 +80,14 @@ def _execute(out: Path) -> Any:
     return notebook
 
 
+def _without_exercises(cells: list[Any]) -> list[Any]:
+    """The cells without exercises and quiz: those are the learner's, and count in the record of progress."""
+    titles = [cell.source.split("\n")[0] for cell in cells]
+    if "## Exercises" not in titles:
+        return cells
+    return cells[:titles.index("## Exercises")] + cells[titles.index("## What we saw"):]
+
+
 def _cancel_jobs(since: float) -> None:
     """Cancel what the lab has started: a job left running would go on at the service's next start."""
     url = running_service()
@@ -97,7 +106,7 @@ def _save_html(notebook: Any, out: Path) -> None:
     from nbconvert import HTMLExporter
     from nbconvert.preprocessors import ExtractOutputPreprocessor
 
-    html, _ = HTMLExporter().from_notebook_node(notebook)
+    html, _ = HTMLExporter(template_name="classic").from_notebook_node(notebook)  # the one that writes figures' texts
     paths.write_text(out / NOTEBOOK.with_suffix(".html").name, html)
     figures = ExtractOutputPreprocessor(output_filename_template="figure_{cell_index:02d}_{index}{extension}")
     _, resources = figures.preprocess(copy.deepcopy(notebook), {"outputs": {}})

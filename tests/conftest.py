@@ -39,6 +39,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     _clear()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what each notebook took."""
+    seconds: dict[str, float] = {}
+    for report in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", []):
+        name = report.nodeid.split("::")[0]
+        if name.endswith(".ipynb"):
+            seconds[name] = seconds.get(name, 0) + report.duration
+    for name, taken in sorted(seconds.items()):
+        terminalreporter.write_line(f"{name}: {taken:.0f} s")
+
+
 def _clear() -> None:
     for left in HOME.iterdir() if HOME.exists() else []:
         if left.is_dir() and left.name != "assets":

@@ -48,6 +48,25 @@ def test_a_run_leaves_notebook_html_figures_and_a_table(run_cells, capsys: pytes
     assert "fine-tuned                     0.950" in table and "authors disjoint   –" in table
 
 
+def test_the_page_has_a_text_for_each_figure(tmp_path: Path) -> None:
+    notebook = nbformat.read(lab.NOTEBOOK, 4)
+    notebook.cells = [cell for cell in notebook.cells if "alt" in cell.metadata]
+    lab._save_html(notebook, tmp_path)
+    page = (tmp_path / lab.NOTEBOOK.with_suffix(".html").name).read_text("utf-8")
+    assert page.count('<img alt="') == len(list((tmp_path / "figures").iterdir())) > 3
+    assert 'alt="Bar chart of the accuracy' in page and "No description" not in page
+
+
+def test_the_lab_leaves_the_exercises_to_the_learner() -> None:
+    sources = ["## 1. Connect", "## Exercises", "### Exercise 07.1", "answer = 1", "## Quiz", "## What we saw"]
+    kept = lab._without_exercises([new_markdown_cell(source) for source in sources])
+    assert [cell.source for cell in kept] == ["## 1. Connect", "## What we saw"]
+    assert len(lab._without_exercises(kept)) == 2
+    whole = nbformat.read(lab.NOTEBOOK, 4).cells
+    kept = lab._without_exercises(whole)
+    assert len(kept) < len(whole) and not any("nbgrader" in cell.metadata for cell in kept)
+
+
 def test_a_failing_cell_is_named_and_the_notebook_saved(run_cells, tmp_path: Path) -> None:
     with pytest.raises(LabkitError, match="A cell of the lab failed: ZeroDivisionError: division by zero"):
         run_cells("1 / 0", "print('not reached')")

@@ -11,7 +11,8 @@ import pytest
 import labkit
 
 ROOT = Path(labkit.__file__).parent.parent
-ROOMS = {"engine": ("engine",), "service": ("engine", "service"), "client": ("client",)}  # what each may import
+ROOMS = {"engine": ("engine",), "service": ("engine", "service"), "client": ("client",),
+         "lessons": ("lessons",)}  # what each may import
 UPPER = ("cli", "lab", "__main__")  # these stand above all rooms
 
 

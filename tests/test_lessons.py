@@ -1,0 +1,156 @@
+"""The exercises: naive wrong answers fail, empty ones are not attempts, hints deepen, progress is kept."""
+
+import math
+import random
+from collections.abc import Callable
+from operator import eq
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import labkit
+from labkit import assets, cli
+from labkit.errors import LabkitError
+from labkit.lessons import exercises as lessons
+
+
+class Answer:
+    """Something with the shape of the SDK's completion object."""
+
+    def __init__(self, text: str, prompt_tokens: int, completion_tokens: int = 1) -> None:
+        self.choices = [type("Choice", (), {"text": text})()]
+        self.usage = type("Usage", (), {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens})()
+
+
+# What learners are likely to answer first, for every exercise.
+WRONG: dict[str, list[Any]] = {
+    "00.1": [" Rome", Answer(" Paris", 5), Answer(" Rome", 6), Answer(" Rome. It", 5, 3)],
+    "00.2": [lambda text: len(text.split()), lambda text: 1.3, lambda text: len(text) / len(text.split()), 4],
+    "00.3": [
+        lambda given: {name: math.exp(value) for name, value in given.items()},
+        lambda given: {name: 10**value for name, value in given.items()},
+        lambda given: {name: value / sum(given.values()) for name, value in given.items()},
+        lambda given: list(given.values()),
+    ],
+    "01.1": [
+        lambda train, test: max(map(test.count, test)) / len(test),  # the majority of the test labels
+        lambda train, test: max(map(train.count, train)) / len(train),
+        lambda train, test: 0.5,
+    ],
+    "01.2": [
+        lambda answers, labels: sum(answer not in labels for answer in answers) / len(answers),  # spaces left on
+        lambda answers, labels: sum(answer.strip() in labels for answer in answers) / len(answers),
+        lambda answers, labels: sum(answer.strip() not in labels for answer in answers),
+    ],
+    "01.3": [
+        lambda window, question, answer, example: window // example,
+        lambda window, question, answer, example: (window - question) // example,
+        lambda window, question, answer, example: (window - question - answer) / example,
+        lambda window, question, answer, example: (window - question - answer) // example,  # below 0
+    ],
+    "01.4": [
+        lambda few, tuned, requests, training, epochs: requests * (few - tuned),
+        lambda few, tuned, requests, training, epochs: requests * (few - tuned) - training,
+        lambda few, tuned, requests, training, epochs: max(0, requests * (few - tuned) - epochs * training),
+    ],
+    "01.5": [
+        lambda table, needed: max(table, key=lambda name: table[name][0]),
+        lambda table, needed: min(table, key=lambda name: table[name][1]),
+        lambda table, needed: min(
+            (name for name in table if table[name][0] > needed), key=lambda name: table[name][1], default="none"),
+        lambda table, needed: min(  # right but for those level in tokens
+            (name for name in table if table[name][0] >= needed), key=lambda name: table[name][1], default="none"),
+    ],
+    "07.1": [
+        lambda answers, labels: sum(map(eq, answers, labels)) / sum(a is not None for a in answers),
+        lambda answers, labels: (sum(map(eq, answers, labels)) + answers.count(None)) / len(labels),
+        lambda answers, labels: sum(map(eq, answers, labels)),
+    ],
+    "07.2": [
+        lambda train, held_out: len(set(train) & set(held_out)) / len(set(held_out)),  # authors, not posts
+        lambda train, held_out: sum(name in set(held_out) for name in train) / len(train),
+        lambda train, held_out: sum(name in set(train) for name in held_out),
+    ],
+    "07.3": [set("ABC"), set("ABCDEFGHIJKLM"), "ACDFGIJK", 9],
+}
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record of progress for each test."""
+    base_model = assets.base_model()  # before the home moves
+    monkeypatch.setenv("LABKIT_HOME", str(tmp_path))
+    monkeypatch.setattr("labkit.assets.base_model", lambda: base_model)
+
+
+@pytest.mark.parametrize("item", lessons.exercises(), ids=lambda item: item.number)
+def test_naive_wrong_answers_fail(item: lessons.Exercise) -> None:
+    assert len(WRONG[item.number]) >= 3
+    for answer in WRONG[item.number]:
+        result = labkit.check(item.number, answer)
+        assert result.state == "wrong" and "Hint" in result.message
+
+
+def empty(*arguments: Any) -> None:
+    """A function as the learner gets it."""
+
+
+@pytest.mark.parametrize("item", lessons.exercises(), ids=lambda item: item.number)
+def test_an_untouched_answer_is_no_attempt(item: lessons.Exercise) -> None:
+    untouched = empty if callable(WRONG[item.number][0]) else None
+    result = labkit.check(item.number, untouched)
+    assert result.state == "not attempted" and not result
+    assert "0 of" in lessons.progress()
+
+
+def test_hints_deepen_and_progress_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = WRONG["01.4"][0]
+    hints = lessons.exercises("01.4")[0].hints
+    for tried in range(len(hints) + 2):
+        shown = repr(labkit.check("01.4", wrong))
+        assert f"Hint {min(tried + 1, 3)} of 3: {hints[min(tried, 2)]}" in shown
+    assert "not yet, tries: 5" in lessons.progress()
+    right = labkit.check("01.4", lambda few, tuned, requests, training, epochs:
+                         requests * (few - tuned) - epochs * training)
+    assert right and repr(right) == "01.4 right: Tokens saved."
+    labkit.check("01.4", wrong)  # what was right once stays done
+    assert cli.main(["progress"]) == 0
+    shown = capsys.readouterr().out
+    assert f"1 of {len(lessons.exercises())} exercises right" in shown and "Notebook 00" in shown
+    assert "Tokens saved" in next(line for line in shown.splitlines() if "right 20" in line)
+
+
+def test_an_answer_that_stops_is_wrong_and_says_why() -> None:
+    result = labkit.check("01.1", lambda train, test: train[len(train)])
+    assert result.state == "wrong" and "it stopped with IndexError" in result.message
+
+
+def test_unknown_numbers_are_named() -> None:
+    with pytest.raises(LabkitError, match=r"no exercise '01\.9'; there are 00\.1, "):
+        labkit.check("01.9", 1)
+    with pytest.raises(LabkitError, match="no quiz '99'"):
+        labkit.quiz("99")
+
+
+def test_a_broken_record_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "progress.json").write_text("{")
+    with pytest.raises(LabkitError, match=r"progress\.json cannot be read .* delete it"):
+        lessons.progress()
+
+
+@pytest.mark.parametrize("answer", [True, "3", [3], 3.1, float("nan")])
+def test_same_takes_numbers_by_value_and_nothing_else(answer: Any) -> None:
+    with pytest.raises(lessons.Wrong):
+        lessons.same(answer, 3, "three")
+    lessons.same(3.0000001, 3, "three")
+    lessons.same(random.choice(["a"]), "a", "a letter")
+
+
+def test_call_shows_what_it_tried() -> None:
+    def broken(text: str) -> float:
+        return 1 / 0
+
+    fails: Callable[..., Any] = broken
+    with pytest.raises(lessons.Wrong, match=r"With \('post'\) it stopped with ZeroDivisionError"):
+        lessons.call(fails, "post")
