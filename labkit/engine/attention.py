@@ -3,11 +3,16 @@
 Training on cached prompts differentiates through the fresh tokens only. PyTorch's fused
 attention would work out gradients for all cached keys and values as well, a third of the
 step's time; here the past enters as constants.
+
+Rows whose prompts begin alike attend over that beginning together, without a copy for each. Of
+both parts, the beginning and the rest, the unnormalised sums are taken against one common
+maximum, as flash attention (arXiv 2205.14135) does with its blocks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +22,27 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "labkit"
 KeysValues = tuple[torch.Tensor, torch.Tensor]
-_past: ContextVar[tuple[torch.Tensor, torch.Tensor | None, list[KeysValues]] | None] = ContextVar("past", default=None)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the prompts of some `rows` begin with: keys and values `[layers, 2, heads, tokens, width]`."""
+
+    states: torch.Tensor
+    rows: list[int]
+
+
+@dataclass(frozen=True)
+class _Over:
+    """What `over` sets for the block within it."""
+
+    states: torch.Tensor
+    hidden: torch.Tensor | None
+    shared: Sequence[Shared]
+    fresh: list[KeysValues]
+
+
+_past: ContextVar[_Over | None] = ContextVar("past", default=None)
 
 
 def supported(network: type[PreTrainedModel], config: PretrainedConfig) -> bool:
@@ -27,17 +52,18 @@ def supported(network: type[PreTrainedModel], config: PretrainedConfig) -> bool:
 
 
 @contextmanager
-def over(states: torch.Tensor, lengths: list[int]) -> Iterator[list[KeysValues]]:
+def over(states: torch.Tensor, lengths: list[int], shared: Sequence[Shared] = ()) -> Iterator[list[KeysValues]]:
     """Within the block, a forward pass without a cache attends over this past as well.
 
     `states` is `[layers, 2, rows, heads, tokens, width]`, right-aligned; row i has `lengths[i]`
-    tokens. The list it yields receives the fresh tokens' keys and values, layer by layer.
+    tokens. Before them come what rows have in common, `shared`: a row is in one of these at most.
+    The list it yields receives the fresh tokens' keys and values, layer by layer.
     """
     hidden, longest = None, states.shape[4]
     if min(lengths) < longest:
         hidden = (torch.arange(longest) < longest - torch.tensor(lengths)[:, None])[:, None, None, :]
     fresh: list[KeysValues] = []
-    token = _past.set((states, hidden, fresh))
+    token = _past.set(_Over(states, hidden, shared, fresh))
     try:
         yield fresh
     finally:
@@ -61,23 +87,56 @@ def attend(
     past = _past.get()
     if past is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    states, hidden, seen = past
-    seen.append((key.detach(), value.detach()))
+    past.fresh.append((key.detach(), value.detach()))
     assert isinstance(module.layer_idx, int)
-    keys, values = states[module.layer_idx]
+    keys, values = past.states[module.layer_idx]
     rows, heads, fresh, width = query.shape
     groups = key.shape[1]
     shared = heads // groups  # query heads that share one key head
     scaling = width**-0.5 if scaling is None else scaling
     folded = (query * scaling).reshape(rows, groups, shared * fresh, width)
-    before = (folded @ keys.transpose(2, 3)).float()
-    if hidden is not None:
-        before = before.masked_fill(hidden, -torch.inf)
+    # Scores stay in the network's own format: softmax works in float32 inside, and to convert them takes far longer.
+    before = folded @ keys.transpose(2, 3)
+    if past.hidden is not None:
+        before = before.masked_fill(past.hidden, -torch.inf)
     later = torch.ones(fresh, fresh, dtype=torch.bool).triu(1).repeat(shared, 1)
-    among = (folded @ key.transpose(2, 3)).float().masked_fill(later, -torch.inf)
-    weights = torch.cat([before, among], dim=-1).softmax(-1).to(query.dtype)
-    mixed = weights[..., : keys.shape[2]] @ values + weights[..., keys.shape[2] :] @ value
+    among = (folded @ key.transpose(2, 3)).masked_fill(later, -torch.inf)
+    if past.shared:
+        layer = [(part.states[module.layer_idx], part.rows) for part in past.shared]
+        mixed = _with_shared(folded, [(before, values), (among, value)], layer)
+    else:
+        weights = torch.cat([before, among], dim=-1).softmax(-1)
+        mixed = weights[..., : keys.shape[2]] @ values + weights[..., keys.shape[2] :] @ value
     return mixed.reshape(rows, heads, fresh, width).transpose(1, 2), None
+
+
+def _with_shared(
+    query: torch.Tensor, own: list[KeysValues], shared: list[tuple[torch.Tensor, list[int]]]
+) -> torch.Tensor:
+    """Attention over each row's `own` scores and values, and over what some rows share.
+
+    `query` is `[rows, key heads, n, width]`, as the result; scores and values are `[rows, key heads, n,
+    tokens]` and `[rows, key heads, tokens, width]`; what is shared is `[2, key heads, tokens, width]`.
+    """
+    rows, heads, count, width = query.shape
+    peak = torch.stack([scores.amax(-1, keepdim=True) for scores, _ in own if scores.shape[-1]]).amax(0)
+    parts = []
+    for (keys, values), members in shared:
+        together = query[members].transpose(0, 1).reshape(heads, -1, width)
+        scores = together @ keys.transpose(1, 2)
+        highest = peak[members].transpose(0, 1).reshape(heads, -1, 1).maximum(scores.amax(-1, keepdim=True))
+        peak[members] = highest.view(heads, len(members), count, 1).transpose(0, 1)
+        sums = _sums(scores, values, highest)
+        parts.append((members, sums.view(heads, len(members), count, width + 1).transpose(0, 1)))
+    total = torch.stack([_sums(scores, values, peak) for scores, values in own]).sum(0)
+    for members, sums in parts:
+        total[members] += sums
+    return (total[..., :width] / total[..., width:]).to(query.dtype)
+
+
+def _sums(scores: torch.Tensor, values: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
+    """The values weighed by exp(score - peak), and in a last column the weights' own sum; in float32."""
+    return ((scores - peak).exp_() @ torch.nn.functional.pad(values, (0, 1), value=1.0)).float()
 
 
 AttentionInterface.register(NAME, attend)
