@@ -4,9 +4,8 @@ Training on cached prompts differentiates through the fresh tokens only. PyTorch
 attention would work out gradients for all cached keys and values as well, a third of the
 step's time; here the past enters as constants.
 
-Rows whose prompts begin alike attend over that beginning together, without a copy for each. Of
-both parts, the beginning and the rest, the unnormalised sums are taken against one common
-maximum, as flash attention (arXiv 2205.14135) does with its blocks.
+Rows whose prompts begin alike attend over that beginning together, without a copy for each: the
+beginning and the rest each give unnormalised sums, which are added and then divided.
 """
 
 from collections.abc import Iterator, Sequence
@@ -118,25 +117,41 @@ def _with_shared(
     `query` is `[rows, key heads, n, width]`, as the result; scores and values are `[rows, key heads, n,
     tokens]` and `[rows, key heads, tokens, width]`; what is shared is `[2, key heads, tokens, width]`.
     """
-    rows, heads, count, width = query.shape
-    peak = torch.stack([scores.amax(-1, keepdim=True) for scores, _ in own if scores.shape[-1]]).amax(0)
-    parts = []
-    for (keys, values), members in shared:
-        together = query[members].transpose(0, 1).reshape(heads, -1, width)
-        scores = together @ keys.transpose(1, 2)
-        highest = peak[members].transpose(0, 1).reshape(heads, -1, 1).maximum(scores.amax(-1, keepdim=True))
-        peak[members] = highest.view(heads, len(members), count, 1).transpose(0, 1)
-        sums = _sums(scores, values, highest)
-        parts.append((members, sums.view(heads, len(members), count, width + 1).transpose(0, 1)))
-    total = torch.stack([_sums(scores, values, peak) for scores, values in own]).sum(0)
-    for members, sums in parts:
-        total[members] += sums
+    heads, width = query.shape[1], query.shape[3]
+    folded = [query[members].transpose(0, 1).reshape(heads, -1, width) for _, members in shared]
+    peak = query.new_zeros(())
+    total = _sums(query, own, folded, shared, peak)
+    if not ((total[..., width:] > 0) & total.isfinite().all(-1, keepdim=True)).all():
+        # Scores beyond about 88 or all below it: take the sums relative to each position's highest score.
+        peak = torch.cat([scores for scores, _ in own], dim=-1).amax(-1, keepdim=True)
+        for together, ((keys, _), members) in zip(folded, shared, strict=True):
+            highest = (together @ keys.transpose(1, 2)).amax(-1)
+            peak[members] = peak[members].maximum(_unfolded(highest.unsqueeze(-1), len(members)))
+        total = _sums(query, own, folded, shared, peak)
     return (total[..., :width] / total[..., width:]).to(query.dtype)
 
 
-def _sums(scores: torch.Tensor, values: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
+def _sums(
+    query: torch.Tensor, own: list[KeysValues], folded: list[torch.Tensor],
+    shared: list[tuple[torch.Tensor, list[int]]], peak: torch.Tensor,
+) -> torch.Tensor:
     """The values weighed by exp(score - peak), and in a last column the weights' own sum; in float32."""
-    return ((scores - peak).exp_() @ torch.nn.functional.pad(values, (0, 1), value=1.0)).float()
+    total = torch.stack([_weighed((scores - peak).exp_(), values) for scores, values in own]).sum(0)
+    for together, ((keys, values), members) in zip(folded, shared, strict=True):
+        scores = together @ keys.transpose(1, 2)
+        if peak.dim():  # to take the peak away costs as much time as exp itself
+            scores -= peak[members].transpose(0, 1).reshape(*together.shape[:2], 1)
+        total[members] += _unfolded(_weighed(scores.exp_(), values), len(members))
+    return total
+
+
+def _weighed(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return (weights @ torch.nn.functional.pad(values, (0, 1), value=1.0)).float()
+
+
+def _unfolded(sums: torch.Tensor, rows: int) -> torch.Tensor:
+    """`[key heads, rows * n, …]` as `[rows, key heads, n, …]`."""
+    return sums.view(sums.shape[0], rows, -1, sums.shape[-1]).transpose(0, 1)
 
 
 AttentionInterface.register(NAME, attend)

@@ -6,15 +6,16 @@ use them again, whichever fine-tuned model asks.
 
 A prompt is cut into blocks of `BLOCK` tokens. A block is named by a hash of the weights and of
 all tokens up to its end, so prompts that begin alike share their first blocks, and one file
-holds one block. Blocks are always computed one block at a time, from the blocks before
-them: what a file holds depends on the tokens alone, not on what was computed beside it.
+holds one block. For training, blocks are always computed one block at a time, from the blocks
+before them: what a file holds depends on the tokens alone, not on what was computed beside it.
+For answers, where a rounding may differ, several blocks of a lone prompt are computed at a time.
 """
 
 import hashlib
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,32 +140,40 @@ class PromptCache:
 
     def _compute(self, rows: list[list[Block]], held: dict[str, torch.Tensor], share: bool) -> None:
         """Compute what is missing, block by block from the left, all rows of one block together."""
-        for level in range(max((len(blocks) for blocks in rows), default=0)):
+        level, last = 0, max((len(blocks) for blocks in rows), default=0)
+        while level < last:
+            span = _span(rows, held, level) if share else 1
             missing: dict[tuple[int, str], list[Block]] = {}
             for blocks in rows:
                 if level < len(blocks) and blocks[level].name not in held:
-                    width = -(-len(blocks[level].ids) // PAD) * PAD
-                    missing.setdefault((width, blocks[level].name), blocks[: level + 1])
+                    part = blocks[: level + span]
+                    width = -(-sum(len(block.ids) for block in part[level:]) // PAD) * PAD
+                    missing.setdefault((width, part[-1].name), part)
             for width in sorted({width for width, _ in missing}):
                 todo = [blocks for (other, _), blocks in missing.items() if other == width]
                 for begin in range(0, len(todo), ROWS):
-                    self._forward(todo[begin : begin + ROWS], width, held, share)
+                    self._forward(todo[begin : begin + ROWS], level, width, held, share)
+            level += span
 
     @torch.inference_mode()
-    def _forward(self, rows: list[list[Block]], width: int, held: dict[str, torch.Tensor], share: bool) -> None:
-        """One pass over the last block of every row; the blocks before it are in `held`."""
-        last = [blocks[-1] for blocks in rows]
+    def _forward(
+        self, rows: list[list[Block]], level: int, width: int, held: dict[str, torch.Tensor], share: bool
+    ) -> None:
+        """One pass over every row's blocks from number `level` on; those before it are in `held`."""
         ids = torch.zeros(len(rows), width, dtype=torch.long)
-        for row, block in enumerate(last):
-            ids[row, : len(block.ids)] = torch.tensor(block.ids)
-        past = self._assemble([blocks[:-1] for blocks in rows], held, share)
+        for row, blocks in enumerate(rows):
+            fresh = [id for block in blocks[level:] for id in block.ids]
+            ids[row, : len(fresh)] = torch.tensor(fresh)
+        past = self._assemble([blocks[:level] for blocks in rows], held, share)
         # What stands right of a row's end is never looked at.
         _, computed = run(self.model, self.model.network.base_model, past, ids)
-        for row, block in enumerate(last):
-            states = computed[:, :, row, :, : len(block.ids)].clone()
-            held[block.name] = states
-            self.computed += len(block.ids)
-            self._write(block, states)
+        for row, blocks in enumerate(rows):
+            for block in blocks[level:]:
+                begin = block.position - blocks[level].position
+                states = computed[:, :, row, :, begin : begin + len(block.ids)].clone()
+                held[block.name] = states
+                self.computed += len(block.ids)
+                self._write(block, states)
 
     def _assemble(self, rows: list[list[Block]], held: dict[str, torch.Tensor], share: bool) -> Past:
         shared, skip = [], [0] * len(rows)  # how many blocks of each row stand in `shared`
@@ -286,3 +295,18 @@ def _beginnings(rows: list[list[Block]]) -> list[tuple[list[Block], list[int]]]:
         if len(members) > 1:
             found.append((rows[members[0]][: len(common)], members))
     return found
+
+
+def _span(rows: list[list[Block]], held: Container[str], level: int) -> int:
+    """How many blocks from number `level` on to compute in one pass: more than one where few rows have few tokens."""
+    todo = [blocks for blocks in rows if level < len(blocks) and blocks[level].name not in held]
+    others = [blocks for blocks in rows if level < len(blocks) and blocks[level].name in held]
+    different = len({blocks[level].name for blocks in todo})
+    span = 1
+    while (span + 1) * different <= ROWS:
+        after = [blocks[level + span].name for blocks in todo if level + span < len(blocks)]
+        begins = any(level + span < len(blocks) and blocks[level + span].name not in held for blocks in others)
+        if not after or begins or len(set(after)) > different:
+            break  # the next block begins where rows part or another row's missing blocks do
+        span += 1
+    return span

@@ -26,7 +26,7 @@ def routes(models: Models, scheduler: Scheduler) -> APIRouter:
 
     @router.post("/embeddings")
     async def create_embeddings(body: EmbeddingCreate, request: Request) -> Response:
-        weights = await weights_for(models, body.model, "", request)
+        weights = await weights_for(models, body.model, None, request)
         if weights.folder is not None:
             raise bad_request(f"Embeddings come from the base model, not from a fine-tuned one. Ask for "
                               f"'{models.base_name}' instead of '{body.model}'.", "model", "model_not_supported")

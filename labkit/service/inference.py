@@ -55,13 +55,13 @@ def routes(models: Models, scheduler: Scheduler) -> APIRouter:
 # --- before and after the scheduler --------------------------------------------------------------
 
 
-async def weights_for(models: Models, name: str, form: str, request: Request) -> Weights:
-    """What answers for a model's name. A fine-tuned model answers in the form it was trained on."""
+async def weights_for(models: Models, name: str, form: str | None, request: Request) -> Weights:
+    """What answers for a model's name. A fine-tuned model answers in the form it was trained on (None: any)."""
     weights = await run_in_threadpool(models.weights, name)
     request.state.note["model"] = name
     if weights.alias:
         request.state.note["alias_of"] = models.base_name
-    if weights.form and weights.form != form:
+    if weights.form and form and weights.form != form:
         other = "chat/completions" if weights.form == "chat" else "completions"
         raise ApiError(404, f"'{name}' was fine-tuned on {weights.form} examples and is not supported in this "
                             f"endpoint. Did you mean to use v1/{other}?", "model_not_supported", "model")

@@ -219,13 +219,13 @@ def test_greedy_answers_are_those_of_transformers(base: model.BaseModel) -> None
 
 
 def test_penalties_are_openais_formula(llama: model.BaseModel) -> None:
-    penalised = request(llama, "the game", max_tokens=12, presence_penalty=0.9, frequency_penalty=0.5)
+    penalised = request(llama, "the game", max_tokens=12, presence_penalty=0.3, frequency_penalty=-0.9)
     answer = finish(llama, [penalised])[0]
     ids, counts = torch.tensor([llama.encode("the game")]), torch.zeros(llama.network.config.vocab_size)
     for token in answer.tokens:
         with torch.no_grad():
             logits = llama.network(ids).logits[0, -1]
-        logits -= counts * 0.5 + (counts > 0) * 0.9
+        logits -= counts * -0.9 + (counts > 0) * 0.3
         assert token.id == int(logits.argmax())
         assert token.logprob == pytest.approx(float(logits.log_softmax(-1).max()), abs=1e-4)
         ids = torch.cat([ids, torch.tensor([[token.id]])], dim=1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import BASE_NAME, RunningService, finished, posts, supervised, upload
+from tests.conftest import BASE_NAME, RunningService, finished, posts, supervised, upload, wait_until
 
 
 def embed(client: openai.OpenAI, texts: Any, **options: Any) -> Any:
@@ -60,7 +60,8 @@ def test_fewer_dimensions_are_cut_and_normalised_again(client: openai.OpenAI) ->
 def test_an_alias_is_disclosed(client: openai.OpenAI, service: RunningService) -> None:
     answer = embed(client, "the game", model="text-embedding-3-small")
     assert answer.model == "text-embedding-3-small" and BASE_NAME in answer.system_fingerprint
-    assert any(line.get("alias_of") == BASE_NAME and line["model"] == answer.model for line in service.log("request"))
+    wait_until(lambda: any(line.get("alias_of") == BASE_NAME and line["model"] == answer.model
+                           for line in service.log("request")))
 
 
 @pytest.mark.parametrize("options, param", [

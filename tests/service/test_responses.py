@@ -5,7 +5,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.conftest import BASE_NAME, RunningService
+from tests.conftest import BASE_NAME, RunningService, wait_until
 
 
 def respond(client: openai.OpenAI, **options: Any) -> Any:
@@ -31,7 +31,8 @@ def test_the_end_of_an_answer_is_told(client: openai.OpenAI, service: RunningSer
     model = "gpt-4o-mini"
     whole = respond(client, model=model, max_output_tokens=None, temperature=1)
     assert whole.status in ("completed", "incomplete") and whole.model == model
-    assert any(line.get("alias_of") == BASE_NAME and line["path"] == "/v1/responses" for line in service.log("request"))
+    wait_until(lambda: any(line.get("alias_of") == BASE_NAME and line["path"] == "/v1/responses"
+                           for line in service.log("request")))
 
 
 def test_the_prompt_cache_is_reported(client: openai.OpenAI) -> None:
