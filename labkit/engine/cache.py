@@ -14,10 +14,10 @@ For answers, where a rounding may differ, several blocks of a lone prompt are co
 import hashlib
 import os
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Container, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ PAD = 32  # a prompt's last, shorter block is computed at a multiple of this wid
 ROWS = 16  # blocks computed in one forward pass: with 1,024 tokens the intermediate results still fit the caches
 BEGINNINGS = 4  # of few-shot prompts and the like that stay in memory; 47 MB each at most for SmolLM2-135M
 TRAILER = 4  # bytes of CRC-32 at the end of a file
+Ahead = tuple[torch.Tensor, torch.Tensor]  # of one token: keys and values, and the logits it leads to
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,15 @@ class Past:
     """Keys and values of several prompts, aligned at their right end.
 
     `states` is `[layers, 2, rows, heads, tokens, width]`; `lengths` counts each row's tokens. What
-    some rows begin with may stand apart in `shared`, then it is in neither of the two.
+    some rows begin with may stand apart in `shared`, then it is in neither of the two. `ahead` is
+    what `fetch` found out of the token after each prompt: its keys and values
+    `[layers, 2, rows, heads, 1, width]`, and the logits `[rows, vocabulary]` it leads to.
     """
 
     states: torch.Tensor
     lengths: list[int]
     shared: tuple[Shared, ...] = ()
+    ahead: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def positions(self) -> list[int]:
@@ -111,13 +115,15 @@ class PromptCache:
         self._size = sum(size for _, size, _ in self._files())
 
     def fetch(
-        self, prompts: Sequence[Sequence[int]], adapter: Adapter | None = None, share: bool = False
+        self, prompts: Sequence[Sequence[int]], adapter: Adapter | None = None, share: bool = False,
+        following: Sequence[int] = (),
     ) -> tuple[Past, list[int]]:
         """The keys and values of `prompts`, and how many tokens of each were found in the cache.
 
         They are the base model's, or those of the base with an `adapter` that acts on prompts too.
         With `share`, what several prompts begin with is held and attended over once for all of them;
-        the results then depend on what is asked for together, within rounding.
+        the results then depend on what is asked for together, within rounding. The one token
+        `following` each prompt is then read in the same pass, where no prompt was found whole.
         """
         share = share and self.model.constant_past
         rows = [self._blocks(ids, adapter.digest if adapter else "") for ids in prompts]
@@ -134,12 +140,22 @@ class PromptCache:
                 known += len(block.ids)
             found.append(known)
         with adapters.active(self.model, adapter) if sum(found) < sum(map(len, prompts)) else nullcontext():
-            self._compute(rows, held, share)
+            ahead = self._compute(rows, held, share, _endings(rows, following))
         self.reused += sum(found)
-        return self._assemble(rows, held, share), found
+        past = self._assemble(rows, held, share)
+        if following and all(blocks and blocks[-1].name in ahead for blocks in rows):
+            states, logits = zip(*(ahead[blocks[-1].name] for blocks in rows), strict=True)
+            past = replace(past, ahead=(torch.stack(states, dim=2), torch.stack(logits)))
+        return past, found
 
-    def _compute(self, rows: list[list[Block]], held: dict[str, torch.Tensor], share: bool) -> None:
-        """Compute what is missing, block by block from the left, all rows of one block together."""
+    def _compute(
+        self, rows: list[list[Block]], held: dict[str, torch.Tensor], share: bool, endings: dict[str, int]
+    ) -> dict[str, Ahead]:
+        """Compute what is missing, block by block from the left, all rows of one block together.
+
+        `endings` are tokens to read after the blocks of these names; what became of them is returned.
+        """
+        ahead: dict[str, Ahead] = {}
         level, last = 0, max((len(blocks) for blocks in rows), default=0)
         while level < last:
             span = _span(rows, held, level) if share else 1
@@ -147,26 +163,35 @@ class PromptCache:
             for blocks in rows:
                 if level < len(blocks) and blocks[level].name not in held:
                     part = blocks[: level + span]
-                    width = -(-sum(len(block.ids) for block in part[level:]) // PAD) * PAD
+                    tokens = sum(len(block.ids) for block in part[level:]) + (part[-1].name in endings)
+                    width = -(-tokens // PAD) * PAD
                     missing.setdefault((width, part[-1].name), part)
             for width in sorted({width for width, _ in missing}):
                 todo = [blocks for (other, _), blocks in missing.items() if other == width]
                 for begin in range(0, len(todo), ROWS):
-                    self._forward(todo[begin : begin + ROWS], level, width, held, share)
+                    ahead |= self._forward(todo[begin : begin + ROWS], level, width, held, share, endings)
             level += span
+        return ahead
 
     @torch.inference_mode()
     def _forward(
-        self, rows: list[list[Block]], level: int, width: int, held: dict[str, torch.Tensor], share: bool
-    ) -> None:
+        self, rows: list[list[Block]], level: int, width: int, held: dict[str, torch.Tensor], share: bool,
+        endings: dict[str, int],
+    ) -> dict[str, Ahead]:
         """One pass over every row's blocks from number `level` on; those before it are in `held`."""
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         for row, blocks in enumerate(rows):
-            fresh = [id for block in blocks[level:] for id in block.ids]
-            ids[row, : len(fresh)] = torch.tensor(fresh)
+            fresh = [id for block in blocks[level:] for id in block.ids] + [endings.get(blocks[-1].name, 0)]
+            ids[row, : len(fresh)] = torch.tensor(fresh[:width])
         past = self._assemble([blocks[:level] for blocks in rows], held, share)
+        ended = [row for row, blocks in enumerate(rows) if blocks[-1].name in endings]
+        columns = [sum(len(block.ids) for block in rows[row][level:]) for row in ended]
         # What stands right of a row's end is never looked at.
-        _, computed = run(self.model, self.model.network.base_model, past, ids)
+        if ended:
+            with self.model.keeping(torch.tensor(ended), torch.tensor(columns)):
+                output, computed = run(self.model, self.model.network, past, ids)
+        else:
+            _, computed = run(self.model, self.model.network.base_model, past, ids)
         for row, blocks in enumerate(rows):
             for block in blocks[level:]:
                 begin = block.position - blocks[level].position
@@ -174,6 +199,8 @@ class PromptCache:
                 held[block.name] = states
                 self.computed += len(block.ids)
                 self._write(block, states)
+        return {rows[row][-1].name: (computed[:, :, row, :, column : column + 1], output.logits[0, place].float())
+                for place, (row, column) in enumerate(zip(ended, columns, strict=True))}
 
     def _assemble(self, rows: list[list[Block]], held: dict[str, torch.Tensor], share: bool) -> Past:
         shared, skip = [], [0] * len(rows)  # how many blocks of each row stand in `shared`
@@ -295,6 +322,13 @@ def _beginnings(rows: list[list[Block]]) -> list[tuple[list[Block], list[int]]]:
         if len(members) > 1:
             found.append((rows[members[0]][: len(common)], members))
     return found
+
+
+def _endings(rows: list[list[Block]], following: Sequence[int]) -> dict[str, int]:
+    """By the name of each prompt's last block the token that follows it, where that is the same in all rows."""
+    pairs = {(blocks[-1].name, token) for blocks, token in zip(rows, following, strict=False) if blocks}
+    names = Counter(name for name, _ in pairs)
+    return {name: token for name, token in pairs if names[name] == 1}
 
 
 def _span(rows: list[list[Block]], held: Container[str], level: int) -> int:

@@ -201,10 +201,17 @@ class Generator:
         """Run the prompts of one adapter, whose tails are equally long, up to the first logits."""
         adapter = requests[0].adapter
         everywhere = adapter if adapter and not adapter.start.activated else None
-        past, found = self.cache.fetch([r.prompt.ids[: r.prompt.start] for r in requests], everywhere, share=True)
+        prompts, tails = zip(*((r.prompt.ids[: r.prompt.start], r.prompt.ids[r.prompt.start :]) for r in requests),
+                             strict=True)
+        # With the same weights for prompt and tail, and a tail of one token, both may be read in one pass.
+        following = [tail[0] for tail in tails] if adapter is everywhere and len(tails[0]) == 1 else []
+        past, found = self.cache.fetch(prompts, everywhere, share=True, following=following)
         rows = [Sequence(request, self.model, cached) for request, cached in zip(requests, found, strict=True)]
         batch = _Batch(adapter, rows, past)
-        batch.forward(self.model, [r.prompt.ids[r.prompt.start :] for r in requests])
+        if past.ahead:
+            batch.append(*past.ahead)
+        else:
+            batch.forward(self.model, tails)
         return batch
 
 
@@ -224,17 +231,22 @@ class _Batch:
         assert self.logits is not None
         return self.logits
 
-    def forward(self, model: BaseModel, fresh: list[list[int]]) -> None:
+    def forward(self, model: BaseModel, fresh: Many[list[int]]) -> None:
         """Run equally many fresh tokens a row and keep the logits after the last: `[rows, vocabulary]`."""
         count = len(fresh[0])
         past = Past(self.states[:, :, :, :, : self.used], self.lengths, self.shared)
         every = torch.arange(len(self.rows))
         with adapters.active(model, self.adapter), model.keeping(every, torch.full_like(every, count - 1)):
             output, states = run(model, model.network, past, torch.tensor(fresh))
+        self.append(states, output.logits[0].float())
+
+    def append(self, states: torch.Tensor, logits: torch.Tensor) -> None:
+        """Keep tokens already run: `states` `[layers, 2, rows, heads, n, width]`, and the logits after the last."""
+        count = states.shape[4]
         if self.used + count > self.states.shape[4]:
             self.states = torch.nn.functional.pad(self.states, (0, 0, 0, count + GROWTH))
         self.states[:, :, :, :, self.used : self.used + count] = states
-        self.logits = output.logits[0].float()
+        self.logits = logits
         self.used += count
         self.lengths = [length + count for length in self.lengths]
 
