@@ -20,12 +20,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "labkit"
+PROBED = 8  # keys looked at for the highest score: a text's first tokens draw most attention (arXiv 2309.17453)
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What the prompts of some `rows` begin with: keys and values `[layers, 2, heads, tokens, width]`."""
+    """What the prompts of some `rows` begin with: keys and values `[layers, 2, heads, tokens, width + 1]`.
+
+    The last column holds ones: it lets a matrix product of keys take away each position's
+    reference from its scores, and one of values add up the weights.
+    """
 
     states: torch.Tensor
     rows: list[int]
@@ -115,38 +120,25 @@ def _with_shared(
     """Attention over each row's `own` scores and values, and over what some rows share.
 
     `query` is `[rows, key heads, n, width]`, as the result; scores and values are `[rows, key heads, n,
-    tokens]` and `[rows, key heads, tokens, width]`; what is shared is `[2, key heads, tokens, width]`.
+    tokens]` and `[rows, key heads, tokens, width]`; what is shared is `[2, key heads, tokens, width + 1]`.
     """
     heads, width = query.shape[1], query.shape[3]
     folded = [query[members].transpose(0, 1).reshape(heads, -1, width) for _, members in shared]
-    peak = query.new_zeros(())
-    total = _sums(query, own, folded, shared, peak)
-    if not ((total[..., width:] > 0) & total.isfinite().all(-1, keepdim=True)).all():
-        # Scores beyond about 88 or all below it: take the sums relative to each position's highest score.
-        peak = torch.cat([scores for scores, _ in own], dim=-1).amax(-1, keepdim=True)
-        for together, ((keys, _), members) in zip(folded, shared, strict=True):
-            highest = (together @ keys.transpose(1, 2)).amax(-1)
-            peak[members] = peak[members].maximum(_unfolded(highest.unsqueeze(-1), len(members)))
-        total = _sums(query, own, folded, shared, peak)
+    for probed in (PROBED, None):  # all keys only if a later score was higher by 88, and exp left its range
+        peak = torch.cat([scores.amax(-1, keepdim=True) for scores, _ in own if scores.shape[-1]], dim=-1)
+        peak = peak.amax(-1, keepdim=True)
+        for together, (states, members) in zip(folded, shared, strict=True):
+            highest = (together @ states[0, :, :probed, :width].transpose(1, 2)).amax(-1, keepdim=True)
+            peak[members] = peak[members].maximum(_unfolded(highest, len(members)))
+        total = torch.stack([(scores - peak).exp_() @ torch.nn.functional.pad(values, (0, 1), value=1.0)
+                             for scores, values in own]).float().sum(0)
+        for together, (states, members) in zip(folded, shared, strict=True):
+            reference = peak[members].transpose(0, 1).reshape(heads, -1, 1)
+            weights = (torch.cat([together, -reference], dim=-1) @ states[0].transpose(1, 2)).exp_()
+            total[members] += _unfolded(weights @ states[1], len(members))
+        if total.isfinite().all():
+            break
     return (total[..., :width] / total[..., width:]).to(query.dtype)
-
-
-def _sums(
-    query: torch.Tensor, own: list[KeysValues], folded: list[torch.Tensor],
-    shared: list[tuple[torch.Tensor, list[int]]], peak: torch.Tensor,
-) -> torch.Tensor:
-    """The values weighed by exp(score - peak), and in a last column the weights' own sum; in float32."""
-    total = torch.stack([_weighed((scores - peak).exp_(), values) for scores, values in own]).sum(0)
-    for together, ((keys, values), members) in zip(folded, shared, strict=True):
-        scores = together @ keys.transpose(1, 2)
-        if peak.dim():  # to take the peak away costs as much time as exp itself
-            scores -= peak[members].transpose(0, 1).reshape(*together.shape[:2], 1)
-        total[members] += _unfolded(_weighed(scores.exp_(), values), len(members))
-    return total
-
-
-def _weighed(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return (weights @ torch.nn.functional.pad(values, (0, 1), value=1.0)).float()
 
 
 def _unfolded(sums: torch.Tensor, rows: int) -> torch.Tensor:

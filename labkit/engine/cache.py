@@ -223,7 +223,8 @@ class PromptCache:
         """Some blocks in one piece, kept for the next requests that begin with them."""
         name = blocks[-1].name
         if name not in self._beginnings:
-            self._beginnings[name] = torch.cat([held[block.name] for block in blocks], dim=3)
+            whole = torch.cat([held[block.name] for block in blocks], dim=3)
+            self._beginnings[name] = torch.nn.functional.pad(whole, (0, 1), value=1.0)
             if len(self._beginnings) > BEGINNINGS:
                 self._beginnings.popitem(last=False)
         self._beginnings.move_to_end(name)
