@@ -144,8 +144,9 @@ class PromptCache:
         self.reused += sum(found)
         past = self._assemble(rows, held, share)
         if following and all(blocks and blocks[-1].name in ahead for blocks in rows):
-            states, logits = zip(*(ahead[blocks[-1].name] for blocks in rows), strict=True)
-            past = replace(past, ahead=(torch.stack(states, dim=2), torch.stack(logits)))
+            found_ahead = [ahead[blocks[-1].name] for blocks in rows]
+            past = replace(past, ahead=(torch.stack([states for states, _ in found_ahead], dim=2),
+                                        torch.stack([logits for _, logits in found_ahead])))
         return past, found
 
     def _compute(
@@ -159,12 +160,13 @@ class PromptCache:
         level, last = 0, max((len(blocks) for blocks in rows), default=0)
         while level < last:
             span = _span(rows, held, level) if share else 1
+            pad = 1 if share and len(rows) == 1 else PAD  # a lone prompt needs nobody of its width
             missing: dict[tuple[int, str], list[Block]] = {}
             for blocks in rows:
                 if level < len(blocks) and blocks[level].name not in held:
                     part = blocks[: level + span]
                     tokens = sum(len(block.ids) for block in part[level:]) + (part[-1].name in endings)
-                    width = -(-tokens // PAD) * PAD
+                    width = -(-tokens // pad) * pad
                     missing.setdefault((width, part[-1].name), part)
             for width in sorted({width for width, _ in missing}):
                 todo = [blocks for (other, _), blocks in missing.items() if other == width]
