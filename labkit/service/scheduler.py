@@ -241,7 +241,8 @@ class Scheduler(threading.Thread):
     def _in_turn(self) -> list[Call]:
         """The calls that may begin something now: those of batches only if no client waits, or after a while."""
         direct = [call for call in self._calls if not call.background]
-        background = [call for call in self._calls if call.background and (call.unscored or call.waiting)]
+        background = [call for call in self._calls
+                      if call.background and (call.unscored or call.embedded or call.waiting)]
         if not direct:
             return background
         patient = time.monotonic() < self._background_begun + BACKGROUND_PATIENCE
@@ -265,7 +266,7 @@ class Scheduler(threading.Thread):
 
     def _embed_some(self) -> None:
         """Embeddings of some prompts, by turns from all calls that want any."""
-        waiting = [(call, prompt.ids) for call in self._calls if call.embedded
+        waiting = [(call, prompt.ids) for call in self._in_turn() if call.embedded
                    for prompt in call.encoded[len(call.vectors) :]]
         if not waiting:
             return
@@ -279,6 +280,7 @@ class Scheduler(threading.Thread):
         vectors = self._embed(self._model, [ids for _, ids in waiting[:count]])
         for (call, _), vector in zip(waiting, vectors, strict=False):
             call.vectors.append(vector)
+            self._begun(call)
             if len(call.vectors) == len(call.encoded):
                 self._end(call)
 
