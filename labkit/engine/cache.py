@@ -6,18 +6,20 @@ use them again, whichever fine-tuned model asks.
 
 A prompt is cut into blocks of `BLOCK` tokens. A block is named by a hash of the weights and of
 all tokens up to its end, so prompts that begin alike share their first blocks, and one file
-holds one block. Blocks are always computed one block at a time, from the blocks before
-them: what a file holds depends on the tokens alone, not on what was computed beside it.
+holds one block. For training, blocks are always computed one block at a time, from the blocks
+before them: what a file holds depends on the tokens alone, not on what was computed beside it.
+For answers, where a rounding may differ, several blocks of a lone prompt are computed at a time.
 """
 
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Container, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +28,15 @@ from transformers import DynamicCache
 from labkit.engine import adapter as adapters
 from labkit.engine import attention
 from labkit.engine.adapter import Adapter
+from labkit.engine.attention import Shared
 from labkit.engine.model import BaseModel
 
 BLOCK = 64  # tokens
 PAD = 32  # a prompt's last, shorter block is computed at a multiple of this width
 ROWS = 16  # blocks computed in one forward pass: with 1,024 tokens the intermediate results still fit the caches
+BEGINNINGS = 4  # of few-shot prompts and the like that stay in memory; 47 MB each at most for SmolLM2-135M
 TRAILER = 4  # bytes of CRC-32 at the end of a file
+Ahead = tuple[torch.Tensor, torch.Tensor]  # of one token: keys and values, and the logits it leads to
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,25 @@ class Block:
 class Past:
     """Keys and values of several prompts, aligned at their right end.
 
-    `states` is `[layers, 2, rows, heads, tokens, width]`; `lengths` counts each row's tokens.
+    `states` is `[layers, 2, rows, heads, tokens, width]`; `lengths` counts each row's tokens. What
+    some rows begin with may stand apart in `shared`, then it is in neither of the two. `ahead` is
+    what `fetch` found out of the token after each prompt: its keys and values
+    `[layers, 2, rows, heads, 1, width]`, and the logits `[rows, vocabulary]` it leads to.
     """
 
     states: torch.Tensor
     lengths: list[int]
+    shared: tuple[Shared, ...] = ()
+    ahead: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def positions(self) -> list[int]:
+        """How many tokens of each row are past, those in common included."""
+        every = list(self.lengths)
+        for beginning in self.shared:
+            for row in beginning.rows:
+                every[row] += beginning.states.shape[3]
+        return every
 
     def as_cache(self) -> DynamicCache:
         """The same as transformers wants it."""
@@ -60,6 +79,26 @@ class Past:
             for layer, (keys, values) in enumerate(self.states):
                 cache.update(keys, values, layer)
         return cache
+
+
+def run(model: BaseModel, part: torch.nn.Module, past: Past, ids: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """Run fresh tokens `[rows, n]` through the network, or that `part` of it, over a past.
+
+    Returns its output and the fresh tokens' keys and values, `[layers, 2, rows, heads, n, width]`.
+    """
+    longest, count = past.states.shape[4], ids.shape[1]
+    positions = (torch.tensor(past.positions)[:, None] + torch.arange(count)).clamp(max=model.context - 1)
+    if model.constant_past:
+        with attention.over(past.states, past.lengths, past.shared) as fresh:
+            output = part(input_ids=ids, position_ids=positions, use_cache=False)
+    else:
+        cache, lengths = past.as_cache(), torch.tensor(past.lengths)
+        # Without a mask where none is needed: the network is quicker then.
+        mask = None if min(past.lengths) == longest else (
+            torch.arange(longest + count) >= longest - lengths[:, None]).long()
+        output = part(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        fresh = [(layer.keys[:, :, longest:], layer.values[:, :, longest:]) for layer in cache.layers]
+    return output, torch.stack([torch.stack(layer) for layer in fresh])
 
 
 class PromptCache:
@@ -72,13 +111,21 @@ class PromptCache:
         self.computed = self.reused = 0  # tokens, for tests and for `usage`
         self.full = False  # the disk had no room: go on without keeping
         self._verified: set[str] = set()
+        self._beginnings: OrderedDict[str, torch.Tensor] = OrderedDict()  # used lately, by their last block's name
         self._size = sum(size for _, size, _ in self._files())
 
-    def fetch(self, prompts: Sequence[Sequence[int]], adapter: Adapter | None = None) -> tuple[Past, list[int]]:
+    def fetch(
+        self, prompts: Sequence[Sequence[int]], adapter: Adapter | None = None, share: bool = False,
+        following: Sequence[int] = (),
+    ) -> tuple[Past, list[int]]:
         """The keys and values of `prompts`, and how many tokens of each were found in the cache.
 
         They are the base model's, or those of the base with an `adapter` that acts on prompts too.
+        With `share`, what several prompts begin with is held and attended over once for all of them;
+        the results then depend on what is asked for together, within rounding. The one token
+        `following` each prompt is then read in the same pass, where no prompt was found whole.
         """
+        share = share and self.model.constant_past
         rows = [self._blocks(ids, adapter.digest if adapter else "") for ids in prompts]
         held: dict[str, torch.Tensor] = {}
         found = []
@@ -93,59 +140,97 @@ class PromptCache:
                 known += len(block.ids)
             found.append(known)
         with adapters.active(self.model, adapter) if sum(found) < sum(map(len, prompts)) else nullcontext():
-            self._compute(rows, held)
+            ahead = self._compute(rows, held, share, _endings(rows, following))
         self.reused += sum(found)
-        return self._assemble(rows, held), found
+        past = self._assemble(rows, held, share)
+        if following and all(blocks and blocks[-1].name in ahead for blocks in rows):
+            found_ahead = [ahead[blocks[-1].name] for blocks in rows]
+            past = replace(past, ahead=(torch.stack([states for states, _ in found_ahead], dim=2),
+                                        torch.stack([logits for _, logits in found_ahead])))
+        return past, found
 
-    def _compute(self, rows: list[list[Block]], held: dict[str, torch.Tensor]) -> None:
-        """Compute what is missing, block by block from the left, all rows of one block together."""
-        for level in range(max((len(blocks) for blocks in rows), default=0)):
+    def _compute(
+        self, rows: list[list[Block]], held: dict[str, torch.Tensor], share: bool, endings: dict[str, int]
+    ) -> dict[str, Ahead]:
+        """Compute what is missing, block by block from the left, all rows of one block together.
+
+        `endings` are tokens to read after the blocks of these names; what became of them is returned.
+        """
+        ahead: dict[str, Ahead] = {}
+        level, last = 0, max((len(blocks) for blocks in rows), default=0)
+        while level < last:
+            span = _span(rows, held, level) if share else 1
+            pad = 1 if share and len(rows) == 1 else PAD  # a lone prompt needs nobody of its width
             missing: dict[tuple[int, str], list[Block]] = {}
             for blocks in rows:
                 if level < len(blocks) and blocks[level].name not in held:
-                    width = -(-len(blocks[level].ids) // PAD) * PAD
-                    missing.setdefault((width, blocks[level].name), blocks[: level + 1])
+                    part = blocks[: level + span]
+                    tokens = sum(len(block.ids) for block in part[level:]) + (part[-1].name in endings)
+                    width = -(-tokens // pad) * pad
+                    missing.setdefault((width, part[-1].name), part)
             for width in sorted({width for width, _ in missing}):
                 todo = [blocks for (other, _), blocks in missing.items() if other == width]
                 for begin in range(0, len(todo), ROWS):
-                    self._forward(todo[begin : begin + ROWS], width, held)
+                    ahead |= self._forward(todo[begin : begin + ROWS], level, width, held, share, endings)
+            level += span
+        return ahead
 
     @torch.inference_mode()
-    def _forward(self, rows: list[list[Block]], width: int, held: dict[str, torch.Tensor]) -> None:
-        """One pass over the last block of every row; the blocks before it are in `held`."""
-        last = [blocks[-1] for blocks in rows]
-        start = last[0].position
+    def _forward(
+        self, rows: list[list[Block]], level: int, width: int, held: dict[str, torch.Tensor], share: bool,
+        endings: dict[str, int],
+    ) -> dict[str, Ahead]:
+        """One pass over every row's blocks from number `level` on; those before it are in `held`."""
         ids = torch.zeros(len(rows), width, dtype=torch.long)
-        for row, block in enumerate(last):
-            ids[row, : len(block.ids)] = torch.tensor(block.ids)
-        past = self._assemble([blocks[:-1] for blocks in rows], held)
-        # No mask: every row has the same past, and what stands right of a row's end is never looked at.
-        positions = torch.arange(start, start + width).clamp(max=self.model.context - 1).expand(len(rows), -1)
-        run = partial(self.model.network.base_model, input_ids=ids, position_ids=positions)
-        if self.model.constant_past:
-            with attention.over(past.states, past.lengths) as fresh:
-                run(use_cache=False)
+        for row, blocks in enumerate(rows):
+            fresh = [id for block in blocks[level:] for id in block.ids] + [endings.get(blocks[-1].name, 0)]
+            ids[row, : len(fresh)] = torch.tensor(fresh[:width])
+        past = self._assemble([blocks[:level] for blocks in rows], held, share)
+        ended = [row for row, blocks in enumerate(rows) if blocks[-1].name in endings]
+        columns = [sum(len(block.ids) for block in rows[row][level:]) for row in ended]
+        # What stands right of a row's end is never looked at.
+        if ended:
+            with self.model.keeping(torch.tensor(ended), torch.tensor(columns)):
+                output, computed = run(self.model, self.model.network, past, ids)
         else:
-            cache = past.as_cache()
-            run(past_key_values=cache, use_cache=True)
-            fresh = [(layer.keys[:, :, start:], layer.values[:, :, start:]) for layer in cache.layers]
-        computed = torch.stack([torch.stack(layer) for layer in fresh])
-        for row, block in enumerate(last):
-            states = computed[:, :, row, :, : len(block.ids)].clone()
-            held[block.name] = states
-            self.computed += len(block.ids)
-            self._write(block, states)
+            _, computed = run(self.model, self.model.network.base_model, past, ids)
+        for row, blocks in enumerate(rows):
+            for block in blocks[level:]:
+                begin = block.position - blocks[level].position
+                states = computed[:, :, row, :, begin : begin + len(block.ids)].clone()
+                held[block.name] = states
+                self.computed += len(block.ids)
+                self._write(block, states)
+        return {rows[row][-1].name: (computed[:, :, row, :, column : column + 1], output.logits[0, place].float())
+                for place, (row, column) in enumerate(zip(ended, columns, strict=True))}
 
-    def _assemble(self, rows: list[list[Block]], held: dict[str, torch.Tensor]) -> Past:
+    def _assemble(self, rows: list[list[Block]], held: dict[str, torch.Tensor], share: bool) -> Past:
+        shared, skip = [], [0] * len(rows)  # how many blocks of each row stand in `shared`
+        for common, members in _beginnings(rows) if share else ():
+            shared.append(Shared(self._beginning(common, held), members))
+            for row in members:
+                skip[row] = len(common)
+        rows = [blocks[count:] for blocks, count in zip(rows, skip, strict=True)]
         lengths = [sum(len(block.ids) for block in blocks) for blocks in rows]
         longest, shape = max(lengths, default=0), self.model.shape
         states = torch.zeros(shape.layers, 2, len(rows), shape.heads, longest, shape.width, dtype=shape.dtype)
         for row, blocks in enumerate(rows):
-            offset = longest - lengths[row]
+            begin = longest - lengths[row]
             for block in blocks:
-                begin = offset + block.position
                 states[:, :, row, :, begin : begin + len(block.ids)] = held[block.name]
-        return Past(states, lengths)
+                begin += len(block.ids)
+        return Past(states, lengths, tuple(shared))
+
+    def _beginning(self, blocks: list[Block], held: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Some blocks in one piece, kept for the next requests that begin with them."""
+        name = blocks[-1].name
+        if name not in self._beginnings:
+            whole = torch.cat([held[block.name] for block in blocks], dim=3)
+            self._beginnings[name] = torch.nn.functional.pad(whole, (0, 1), value=1.0)
+            if len(self._beginnings) > BEGINNINGS:
+                self._beginnings.popitem(last=False)
+        self._beginnings.move_to_end(name)
+        return self._beginnings[name]
 
     def _blocks(self, ids: Sequence[int], weights: str) -> list[Block]:
         blocks, name = [], hashlib.sha256(f"{self.model.digest}/{weights}/{BLOCK}".encode()).digest()
@@ -226,3 +311,39 @@ class PromptCache:
             except OSError:  # on Windows a block in use cannot be deleted; the next one can
                 continue
             self._size -= size
+
+
+def _beginnings(rows: list[list[Block]]) -> list[tuple[list[Block], list[int]]]:
+    """The blocks that several rows begin with, and which rows these are."""
+    alike: dict[str, list[int]] = {}
+    for row, blocks in enumerate(rows):
+        if blocks:
+            alike.setdefault(blocks[0].name, []).append(row)
+    found = []
+    for members in alike.values():
+        common = os.path.commonprefix([[block.name for block in rows[row]] for row in members])
+        if len(members) > 1:
+            found.append((rows[members[0]][: len(common)], members))
+    return found
+
+
+def _endings(rows: list[list[Block]], following: Sequence[int]) -> dict[str, int]:
+    """By the name of each prompt's last block the token that follows it, where that is the same in all rows."""
+    pairs = {(blocks[-1].name, token) for blocks, token in zip(rows, following, strict=False) if blocks}
+    names = Counter(name for name, _ in pairs)
+    return {name: token for name, token in pairs if names[name] == 1}
+
+
+def _span(rows: list[list[Block]], held: Container[str], level: int) -> int:
+    """How many blocks from number `level` on to compute in one pass: more than one where few rows have few tokens."""
+    todo = [blocks for blocks in rows if level < len(blocks) and blocks[level].name not in held]
+    others = [blocks for blocks in rows if level < len(blocks) and blocks[level].name in held]
+    different = len({blocks[level].name for blocks in todo})
+    span = 1
+    while (span + 1) * different <= ROWS:
+        after = [blocks[level + span].name for blocks in todo if level + span < len(blocks)]
+        begins = any(level + span < len(blocks) and blocks[level + span].name not in held for blocks in others)
+        if not after or begins or len(set(after)) > different:
+            break  # the next block begins where rows part or another row's missing blocks do
+        span += 1
+    return span

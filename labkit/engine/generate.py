@@ -2,23 +2,25 @@
 
 A prompt up to its last tokens comes from the prompt cache, computed by the frozen base model
 for every fine-tuned model alike; the rest runs with the adapter asked for. Sequences of one
-adapter form a batch whose keys and values stand in one buffer, aligned at the right; a new
-sequence joins and a finished one leaves between two steps.
+adapter form a batch whose keys and values stand in one buffer, aligned at the right; what
+several prompts begin with stands apart, once for all of them. A new sequence joins and a
+finished one leaves between two steps.
 """
 
 import codecs
 import math
+from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from labkit.engine import adapter as adapters
 from labkit.engine.adapter import Adapter
-from labkit.engine.cache import Past, PromptCache
+from labkit.engine.attention import Shared
+from labkit.engine.cache import Past, PromptCache, run
 from labkit.engine.encode import Prompt
 from labkit.engine.model import BaseModel, Shape
 
@@ -40,7 +42,10 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added before choosing; log-probabilities see it
+    # These change the logits before a token is chosen; log-probabilities see it.
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ class Sequence:
         else:
             self._chance.manual_seed(request.seed)
         self._room = min(request.max_tokens, model.context - len(request.prompt.ids))
+        self._bias = torch.tensor(list(request.logit_bias)), torch.tensor(list(request.logit_bias.values()))
+        self._counts: Counter[int] = Counter()  # of the answer's tokens
 
     @property
     def text(self) -> str:
@@ -79,6 +86,19 @@ class Sequence:
         held = max((n for stop in self.request.stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])),
                    default=0)
         return self._text[: len(self._text) - held]
+
+    def adjust(self, logits: torch.Tensor) -> None:
+        """Apply the bias and the penalties to `[vocabulary]` logits, in place.
+
+        Of a token that the answer holds c times so far, c * frequency_penalty + presence_penalty
+        is taken away, as OpenAI's API reference defines them; the prompt does not count.
+        """
+        if self.request.logit_bias:
+            logits[self._bias[0]] += self._bias[1]
+        if self._counts and (self.request.presence_penalty or self.request.frequency_penalty):
+            counts = torch.tensor(list(self._counts.values()))
+            logits[torch.tensor(list(self._counts))] -= (
+                self.request.frequency_penalty * counts + self.request.presence_penalty)
 
     def pick(self, logits: torch.Tensor, logprobs: torch.Tensor) -> None:
         """Choose the next token from `[vocabulary]` logits and append it."""
@@ -92,6 +112,7 @@ class Sequence:
             best = logprobs.topk(min(request.top_logprobs, len(logprobs)))
             top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         self.tokens.append(Token(choice, self._model.token_bytes(choice), float(logprobs[choice]), top))
+        self._counts[choice] += 1
         self._extend(choice)
 
     def _extend(self, token: int) -> None:
@@ -157,8 +178,7 @@ class Generator:
         for name, batch in list(self._batches.items()):
             logits = batch.catch_up(self.model)
             for row, own in zip(batch.rows, logits, strict=True):
-                for token, bias in row.request.logit_bias.items():
-                    own[token] += bias
+                row.adjust(own)
             for row, own, scores in zip(batch.rows, logits, logits.log_softmax(-1), strict=True):
                 row.pick(own, scores)
             batch.logits = None
@@ -181,10 +201,17 @@ class Generator:
         """Run the prompts of one adapter, whose tails are equally long, up to the first logits."""
         adapter = requests[0].adapter
         everywhere = adapter if adapter and not adapter.start.activated else None
-        past, found = self.cache.fetch([r.prompt.ids[: r.prompt.start] for r in requests], everywhere)
+        prompts, tails = zip(*((r.prompt.ids[: r.prompt.start], r.prompt.ids[r.prompt.start :]) for r in requests),
+                             strict=True)
+        # With the same weights for prompt and tail, and a tail of one token, both may be read in one pass.
+        following = [tail[0] for tail in tails] if adapter is everywhere and len(tails[0]) == 1 else []
+        past, found = self.cache.fetch(prompts, everywhere, share=True, following=following)
         rows = [Sequence(request, self.model, cached) for request, cached in zip(requests, found, strict=True)]
         batch = _Batch(adapter, rows, past)
-        batch.forward(self.model, [r.prompt.ids[r.prompt.start :] for r in requests])
+        if past.ahead:
+            batch.append(*past.ahead)
+        else:
+            batch.forward(self.model, tails)
         return batch
 
 
@@ -193,7 +220,7 @@ class _Batch:
 
     def __init__(self, adapter: Adapter | None, rows: list[Sequence], past: Past) -> None:
         self.adapter, self.rows = adapter, rows
-        self.states, self.lengths = past.states, past.lengths
+        self.states, self.lengths, self.shared = past.states, past.lengths, past.shared
         self.used = past.states.shape[4]
         self.logits: torch.Tensor | None = None
 
@@ -204,20 +231,22 @@ class _Batch:
         assert self.logits is not None
         return self.logits
 
-    def forward(self, model: BaseModel, fresh: list[list[int]]) -> None:
+    def forward(self, model: BaseModel, fresh: Many[list[int]]) -> None:
         """Run equally many fresh tokens a row and keep the logits after the last: `[rows, vocabulary]`."""
         count = len(fresh[0])
-        if self.used + count > self.states.shape[4]:
-            self.states = torch.nn.functional.pad(self.states, (0, 0, 0, count + GROWTH))
-        columns = torch.arange(self.used + count)
-        mask = (columns >= self.used - torch.tensor(self.lengths)[:, None]).long()
-        positions = torch.tensor(self.lengths)[:, None] + torch.arange(count)
+        past = Past(self.states[:, :, :, :, : self.used], self.lengths, self.shared)
         every = torch.arange(len(self.rows))
         with adapters.active(model, self.adapter), model.keeping(every, torch.full_like(every, count - 1)):
-            self.logits = model.network(
-                input_ids=torch.tensor(fresh), attention_mask=mask, position_ids=positions,
-                past_key_values=_buffered(self.states, self.used), use_cache=True,
-            ).logits[0].float()
+            output, states = run(model, model.network, past, torch.tensor(fresh))
+        self.append(states, output.logits[0].float())
+
+    def append(self, states: torch.Tensor, logits: torch.Tensor) -> None:
+        """Keep tokens already run: `states` `[layers, 2, rows, heads, n, width]`, and the logits after the last."""
+        count = states.shape[4]
+        if self.used + count > self.states.shape[4]:
+            self.states = torch.nn.functional.pad(self.states, (0, 0, 0, count + GROWTH))
+        self.states[:, :, :, :, self.used : self.used + count] = states
+        self.logits = logits
         self.used += count
         self.lengths = [length + count for length in self.lengths]
 
@@ -226,6 +255,9 @@ class _Batch:
         self.rows = [self.rows[row] for row in keep]
         self.lengths = [self.lengths[row] for row in keep]
         self.states = self.states[:, :, keep]
+        place = {row: number for number, row in enumerate(keep)}
+        left = [Shared(part.states, [place[row] for row in part.rows if row in place]) for part in self.shared]
+        self.shared = tuple(part for part in left if part.rows)
         if self.logits is not None:
             self.logits = self.logits[keep]
 
@@ -242,36 +274,10 @@ class _Batch:
                 filled = batch.states[:, :, place, :, batch.used - length : batch.used]
                 states[:, :, row, :, longest - length :] = filled
                 row += 1
-        whole = _Batch(first.adapter, first.rows + second.rows, Past(states, lengths))
+        moved = [Shared(part.states, [len(first.rows) + row for row in part.rows]) for part in second.shared]
+        whole = _Batch(first.adapter, first.rows + second.rows, Past(states, lengths, (*first.shared, *moved)))
         whole.logits = torch.cat([first.logits, second.logits])
         return whole
-
-
-class _BufferLayer(DynamicLayer):
-    """A cache layer that writes into a buffer instead of copying all keys and values at every token."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, used: int) -> None:
-        super().__init__()
-        self._buffers, self._used = (keys, values), used
-        self.keys, self.values = keys[:, :, :used], values[:, :, :used]
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values of fresh tokens; return all so far."""
-        end = self._used + key_states.shape[2]
-        for buffer, fresh in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self._used : end] = fresh
-        self._used = end
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
-        return self.keys, self.values
-
-
-def _buffered(states: torch.Tensor, used: int) -> DynamicCache:
-    cache = DynamicCache()
-    cache.layers = [_BufferLayer(keys, values, used) for keys, values in states]
-    return cache
 
 
 def _sample(logits: torch.Tensor, top_p: float, chance: torch.Generator) -> int:

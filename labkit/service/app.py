@@ -10,7 +10,7 @@ from pathlib import Path
 from fastapi import APIRouter, FastAPI
 
 from labkit import paths
-from labkit.service import batches, errors, expiry, files, inference, jobs, models, uploads
+from labkit.service import batches, embeddings, errors, expiry, files, inference, jobs, models, responses, uploads
 from labkit.service.batch_runner import BatchRunner
 from labkit.service.gate import Gate
 from labkit.service.models import Models
@@ -82,7 +82,8 @@ def create_app(
     router.include_router(batches.routes(store, runner.wake))
     router.include_router(jobs.routes(known, supervisor.wake))
     router.include_router(models.routes(known))
-    router.include_router(inference.routes(known, scheduler))
+    for module in (inference, embeddings, responses):
+        router.include_router(module.routes(known, scheduler))
     app.include_router(router)
     errors.install(app)
     digest = hashlib.sha256(key.encode()).digest()

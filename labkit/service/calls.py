@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from labkit.service.models import Weights
 
 if TYPE_CHECKING:  # the engine takes seconds to import, which only the scheduler's thread spends
+    from torch import Tensor
+
     from labkit.engine.encode import Prompt
     from labkit.engine.generate import Request, Sequence, Token
 
@@ -31,8 +33,10 @@ class Sampling:
     top_p: float
     seed: int | None
     stop: tuple[str, ...]
-    top_logprobs: int
-    logit_bias: dict[int, float]
+    top_logprobs: int = 0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,12 @@ class Call:
     weights: Weights
     prompts: list[str | list[int] | Conversation]
     sampling: Sampling
+    param: str = "prompt"  # the request's parameter that holds the prompts, for errors
     copies: int = 1
     scored: bool = False  # the prompts' own log-probabilities are wanted as well
     echoed: bool = False  # the prompts' texts are wanted in the answers
     streamed: bool = False
+    embedded: bool = False  # the prompts' embeddings are wanted; then `sampling.max_tokens` is 0
 
     # What the scheduler fills in before it posts the first piece.
     fingerprint: str = ""
@@ -117,6 +123,7 @@ class Call:
     encoded: "list[Prompt]" = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     scores: "list[list[Token]]" = field(default_factory=list)
+    vectors: "list[Tensor]" = field(default_factory=list)  # embeddings, in the order of the prompts
     cached_tokens: int = 0
 
     # Used by the scheduler only.
@@ -131,7 +138,7 @@ class Call:
 
     @property
     def size(self) -> int:
-        """How many answers are wanted."""
+        """How many answers or embeddings are wanted."""
         return len(self.prompts) * self.copies
 
     @property

@@ -32,6 +32,7 @@ BACKGROUND_SHARE = 0.5  # of the generator's room: the rest is kept free for cli
 BACKGROUND_AT_A_TIME = 8  # prompts read between two tokens, which a client who comes just then waits for
 BACKGROUND_PATIENCE = 2.0  # seconds that a batch's requests stand back, so that endless requests do not stop a batch
 MAX_WAITING = 20_000  # answers; more are turned away with 429
+EMBED_TOKENS = 2048  # embedded in one pass, padding included: as long as a token of many answers takes
 
 
 class Scheduler(threading.Thread):
@@ -91,6 +92,7 @@ class Scheduler(threading.Thread):
                     self._sign.show()
                 self._drop_cancelled()
                 self._score_one()
+                self._embed_some()
                 self._admit()
                 self._step()
             except Exception as error:  # out of memory, say: these calls fail, the next ones may not
@@ -122,7 +124,7 @@ class Scheduler(threading.Thread):
     def _refuse(self, call: Call | None, error: Exception) -> None:
         known = from_exception(error)
         if known is None and isinstance(error, DataError):
-            known = bad_request(str(error), "messages")
+            known = bad_request(str(error), call.param if call else None)
         elif known is None and isinstance(error, LabkitError):
             known = ApiError(503, str(error), "model_unavailable", retry=False)
         if known is None or call is None:
@@ -139,10 +141,10 @@ class Scheduler(threading.Thread):
         if self._loaded:
             return
         begin = time.monotonic()
-        from labkit.engine import adapter, encode, generate, model
+        from labkit.engine import adapter, embed, encode, generate, model
         from labkit.engine.cache import PromptCache
 
-        self._adapter_module, self._encode, self._generate = adapter, encode, generate
+        self._adapter_module, self._encode, self._generate, self._embed = adapter, encode, generate, embed.embed
         self._model = model.load(self.base)
         self._cache = PromptCache(self._model, self.cache)
         self._token_bytes = lru_cache(65_536)(self._model.token_bytes)
@@ -164,7 +166,7 @@ class Scheduler(threading.Thread):
         call.fingerprint, call.token_bytes = self._fingerprint, self._token_bytes
         self._check_ids(call.sampling.logit_bias, "logit_bias")
         for prompt in call.prompts:
-            encoded = self._prompt(prompt, adapter)
+            encoded = self._prompt(call, prompt, adapter)
             call.encoded.append(encoded)
             if call.echoed:
                 call.texts.append(prompt if isinstance(prompt, str) else self._model.tokenizer.decode(encoded.ids))
@@ -174,7 +176,7 @@ class Scheduler(threading.Thread):
                     call.waiting.append((number * call.copies + copy, self._request(call, encoded, adapter, copy)))
         call.unfinished = len(call.waiting)
         call.post([])
-        if call.unfinished or call.scored:
+        if call.unfinished or call.scored or call.embedded:
             self._calls.append(call)
         else:
             self._end(call)
@@ -197,19 +199,19 @@ class Scheduler(threading.Thread):
         for folder in idle[: max(0, len(self._adapters) + 1 - ADAPTERS)]:
             self._adapter_module.remove(self._model, self._adapters.pop(folder))
 
-    def _prompt(self, prompt: object, adapter: "Adapter | None") -> "Prompt":
+    def _prompt(self, call: Call, prompt: object, adapter: "Adapter | None") -> "Prompt":
         start, model = adapter.start if adapter else None, self._model
         if isinstance(prompt, str):
-            encoded, param = self._encode.encode_text(model, prompt, start), "prompt"
+            encoded = self._encode.encode_text(model, prompt, start)
         elif isinstance(prompt, list):
-            self._check_ids(prompt, "prompt")
-            encoded, param = self._encode.encode_ids(prompt, start), "prompt"
+            self._check_ids(prompt, call.param)
+            encoded = self._encode.encode_ids(prompt, start)
         else:
             assert isinstance(prompt, tuple)
-            encoded, param = self._encode.encode_chat(model, prompt, start), "messages"
+            encoded = self._encode.encode_chat(model, prompt, start)
         if len(encoded.ids) >= model.context:
             raise bad_request(f"This model's maximum context length is {model.context} tokens, but the prompt alone "
-                              f"has {len(encoded.ids)}. Shorten it.", param, "context_length_exceeded")
+                              f"has {len(encoded.ids)}. Shorten it.", call.param, "context_length_exceeded")
         return encoded
 
     def _check_ids(self, ids: Iterable[int], param: str) -> None:
@@ -223,7 +225,8 @@ class Scheduler(threading.Thread):
         return self._generate.Request(
             prompt=prompt, adapter=adapter, max_tokens=room if asked.max_tokens is None else asked.max_tokens,
             temperature=asked.temperature, top_p=asked.top_p, stop=asked.stop, top_logprobs=asked.top_logprobs,
-            logit_bias=asked.logit_bias, seed=None if asked.seed is None else (asked.seed + copy) % 2**63)
+            logit_bias=asked.logit_bias, presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty, seed=None if asked.seed is None else (asked.seed + copy) % 2**63)
 
     # --- between two tokens --------------------------------------------------------------------
 
@@ -238,7 +241,8 @@ class Scheduler(threading.Thread):
     def _in_turn(self) -> list[Call]:
         """The calls that may begin something now: those of batches only if no client waits, or after a while."""
         direct = [call for call in self._calls if not call.background]
-        background = [call for call in self._calls if call.background and (call.unscored or call.waiting)]
+        background = [call for call in self._calls
+                      if call.background and (call.unscored or call.embedded or call.waiting)]
         if not direct:
             return background
         patient = time.monotonic() < self._background_begun + BACKGROUND_PATIENCE
@@ -259,6 +263,26 @@ class Scheduler(threading.Thread):
                 if not call.unscored and not call.unfinished:
                     self._end(call)
                 return
+
+    def _embed_some(self) -> None:
+        """Embeddings of some prompts, by turns from all calls that want any."""
+        waiting = [(call, prompt.ids) for call in self._in_turn() if call.embedded
+                   for prompt in call.encoded[len(call.vectors) :]]
+        if not waiting:
+            return
+        longest = count = 0
+        for _, ids in waiting:
+            longest = max(longest, len(ids))
+            if count and longest * (count + 1) > EMBED_TOKENS:
+                break
+            count += 1
+        self._calls.rotate(-1)
+        vectors = self._embed(self._model, [ids for _, ids in waiting[:count]])
+        for (call, _), vector in zip(waiting, vectors, strict=False):
+            call.vectors.append(vector)
+            self._begun(call)
+            if len(call.vectors) == len(call.encoded):
+                self._end(call)
 
     def _admit(self) -> None:
         """Start as many waiting requests as there is room for, by turns from all calls."""

@@ -218,6 +218,41 @@ def test_greedy_answers_are_those_of_transformers(base: model.BaseModel) -> None
             ids = torch.cat([ids, torch.tensor([[token.id]])], dim=1)
 
 
+def test_penalties_are_openais_formula(llama: model.BaseModel) -> None:
+    penalised = request(llama, "the game", max_tokens=12, presence_penalty=0.3, frequency_penalty=-0.9)
+    answer = finish(llama, [penalised])[0]
+    ids, counts = torch.tensor([llama.encode("the game")]), torch.zeros(llama.network.config.vocab_size)
+    for token in answer.tokens:
+        with torch.no_grad():
+            logits = llama.network(ids).logits[0, -1]
+        logits -= counts * -0.9 + (counts > 0) * 0.3
+        assert token.id == int(logits.argmax())
+        assert token.logprob == pytest.approx(float(logits.log_softmax(-1).max()), abs=1e-4)
+        ids = torch.cat([ids, torch.tensor([[token.id]])], dim=1)
+        counts[token.id] += 1
+    assert counts.max() > 1  # else this tests the half of it
+
+
+def test_prompts_that_begin_alike_answer_as_each_alone(base: model.BaseModel, tmp_path: Path) -> None:
+    examples = "the good game tonight was a bat or ice hockey " * 8  # more than a block
+    other = "someone else begins with the subject of baseball " * 6
+    texts = [examples + end for end in ("one", "two " * 30, "three " * 9)] + [other + "four", other + "five", "six"]
+    wanted = [request(base, text, max_tokens=2 + 3 * number) for number, text in enumerate(texts)]
+    assert len({tuple(one.prompt.ids[:BLOCK]) for one in wanted}) == 3
+    generator = generate.Generator(base, PromptCache(base, tmp_path))
+    joined = generator.add(wanted[:2])
+    generator.step()
+    joined += generator.add(wanted[2:])  # the third finds its examples read, the others share their own
+    while generator.running:
+        generator.step()
+    alone = [finish(base, [one])[0] for one in wanted]
+    again = finish(base, wanted)
+    for one, other_time, expected in zip(joined, again, alone, strict=True):
+        for found in (one, other_time):
+            assert [t.id for t in found.tokens] == [t.id for t in expected.tokens]
+            assert [t.logprob for t in found.tokens] == pytest.approx([t.logprob for t in expected.tokens], abs=1e-4)
+
+
 def test_sequences_may_join_and_leave_a_running_batch(base: model.BaseModel, tmp_path: Path) -> None:
     job = trainer(base, None)
     list(job.run())

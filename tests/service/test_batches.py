@@ -90,6 +90,22 @@ def test_answers_are_those_of_the_route(own: RunningService) -> None:
     assert not list((own.home / "batches").iterdir())
 
 
+def test_responses_and_embeddings_come_in_batches_too(own: RunningService) -> None:
+    client, text = own.client, "the game tonight"
+    asked: dict[str, Any] = {"model": "tiny-llama", "input": text}
+    spoken: dict[str, Any] = asked | {"max_output_tokens": 4, "temperature": 0}
+    for endpoint, body in (("/v1/embeddings", asked), ("/v1/responses", spoken)):
+        row = {"custom_id": "one", "method": "POST", "url": endpoint, "body": body}
+        batch = ended(client, start(client, jsonl([row]), endpoint))
+        assert counts(batch) == (1, 1, 0)
+        answer = entries(client, batch.output_file_id)[0]["response"]["body"]
+        if endpoint == "/v1/embeddings":
+            direct = client.embeddings.create(**asked).data[0].embedding
+            assert answer["data"][0]["embedding"] == pytest.approx(direct, abs=1e-5)
+        else:
+            assert answer["output"][0]["content"][0]["text"] == client.responses.create(**spoken).output_text
+
+
 def test_every_wrong_line_is_listed(own: RunningService) -> None:
     good = line("a")
     rows = [good, line("a"), line("b", method="GET"), line("c", url="/v1/models"), line("d", model="other"),

@@ -1,21 +1,22 @@
 """/v1/completions and /v1/chat/completions on the base model."""
 
-import asyncio
 import http.client
 import json
+import socket
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import openai
 import pytest
+import uvicorn
 
-from labkit.service.calls import Call, Piece, Sampling
-from labkit.service.errors import bad_request
-from labkit.service.inference import _stream
-from labkit.service.models import Weights
+from labkit.engine import generate
+from labkit.service.app import create_app
 from tests.conftest import RunningService, wait_until
 
 BASE = "tiny-llama"
@@ -97,6 +98,20 @@ def test_a_bias_and_the_end_of_text(client: openai.OpenAI) -> None:
     assert error.value.param == "logit_bias"
 
 
+@pytest.mark.parametrize("temperature", [0, 0.01])
+def test_penalties_drive_out_what_came_before(client: openai.OpenAI, temperature: float) -> None:
+    options: dict[str, Any] = {"temperature": temperature, "logit_bias": {"40": 100, "41": 70}, "max_tokens": 30}
+
+    def kinds(**penalties: float) -> int:
+        return len(set(complete(client, logprobs=0, **options, **penalties).choices[0].logprobs.tokens))
+
+    assert kinds() == kinds(presence_penalty=2) == kinds(frequency_penalty=-2) == 1
+    assert kinds(frequency_penalty=2) == 2  # thirty of them are taken away by the fifteenth token
+    del options["max_tokens"]
+    answer = chat(client, max_completion_tokens=30, frequency_penalty=2, logprobs=True, **options)
+    assert len({entry.token for entry in answer.choices[0].logprobs.content}) == 2
+
+
 def test_prompts_as_token_ids(client: openai.OpenAI) -> None:
     assert complete(client, [5, 6, 7]).usage.prompt_tokens == 3
     assert len(complete(client, [[5, 6, 7], [8]]).choices) == 2
@@ -161,7 +176,8 @@ def test_aliases_are_disclosed(client: openai.OpenAI, service: RunningService) -
 
 REFUSED = [
     ({"nonsense": 1}, "nonsense", "unknown_parameter"), ({"tools": [{"type": "function"}]}, "tools", None),
-    ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter"), ({"temperature": 3}, "temperature", None),
+    ({"presence_penalty": 2.5}, "presence_penalty", None), ({"frequency_penalty": -3}, "frequency_penalty", None),
+    ({"temperature": 3}, "temperature", None),
     ({"temperature": "warm"}, "temperature", "invalid_type"), ({"n": 0}, "n", None), ({"n": True}, "n", None),
     ({"top_logprobs": 2}, "top_logprobs", None), ({"stop": ["a"] * 5}, "stop", None), ({"stop": ""}, "stop[0]", None),
     ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
@@ -246,25 +262,54 @@ def test_many_clients_at_once(client: openai.OpenAI) -> None:
     assert found == [expected] * 48
 
 
-def test_an_error_inside_a_stream_is_an_object() -> None:
-    class NoScheduler:
-        def cancel(self, call: Call) -> None:
-            call.cancelled = True
+@pytest.mark.parametrize("ask", [
+    lambda client: client.completions.create(model=BASE, prompt="x", max_tokens=99, stream=True),
+    lambda client: client.chat.completions.create(model=BASE, messages=HELLO, stream=True),
+    lambda client: client.responses.create(model=BASE, input="x", stream=True),
+])
+def test_an_error_inside_a_stream_is_raised_by_the_sdk(
+    ask: Callable[[openai.OpenAI], Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service runs in this process here, so that its memory can be made to end in the middle of an answer."""
+    plain, steps = generate.Generator.step, []
 
-    async def events(pieces: AsyncIterator[list[Piece]]) -> AsyncIterator[str]:
-        async for _ in pieces:
-            yield "something"
+    def fails(self: generate.Generator) -> list[generate.Sequence]:
+        steps.append(1)
+        if len(steps) == 5:
+            raise MemoryError("a secret text")
+        return plain(self)
 
-    async def read() -> list[str]:
-        call = Call(Weights(BASE, None), ["x"], Sampling(1, 1, 1, None, (), 0, {}))
-        call.post([])
-        call.post([Piece(0, "a", [], None)])
-        call.post(bad_request("It broke."))
-        reply = await _stream(NoScheduler(), call, events)  # type: ignore[arg-type]
-        sent = [str(line) async for line in reply.body_iterator]
-        assert call.cancelled
-        return sent
+    monkeypatch.setattr(generate.Generator, "step", fails)
+    monkeypatch.setenv("LABKIT_DTYPE", "float32")
+    with in_this_process(tmp_path, tiny_model) as client:
+        stream, seen = ask(client), []
+        with pytest.raises(openai.APIError, match="The service failed") as error:
+            for event in stream:
+                seen.append(event)
+        assert seen and error.value.code == "internal_error" and "secret" not in str(error.value)
+        assert complete(client, max_tokens=2).choices  # the next request is answered
 
-    sent = asyncio.run(read())
-    assert sent[0] == 'data: "something"\n\n' and len(sent) == 2
-    assert json.loads(sent[1].removeprefix("data: "))["error"]["message"] == "It broke."
+
+@contextmanager
+def in_this_process(home: Path, base: Path) -> Iterator[openai.OpenAI]:
+    """A client of a service that runs in a thread of this process."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(home, base, "sk-test", BASE), log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        port = listener.getsockname()[1]
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="sk-test", max_retries=0, timeout=30)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_a_slow_answer_holds_up_no_listing(client: openai.OpenAI) -> None:
+    stream = chat(client, stream=True, **LONG)
+    next(stream)
+    begin = time.perf_counter()
+    client.models.list()
+    listed = time.perf_counter() - begin
+    assert len(list(stream)) > 100  # the answer was still growing
+    assert listed < time.perf_counter() - begin
