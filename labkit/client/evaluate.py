@@ -7,6 +7,7 @@ DataFrame. Wrong input raises `DataError`.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -100,9 +101,12 @@ def interval(statistic: Callable[..., float], *columns: Any, confidence: float =
         raise DataError(f"Columns of one length are needed, got lengths {[len(array) for array in arrays]}.")
     if len(arrays[0]) < 2:
         return math.nan, math.nan
-    drawn = stats.bootstrap(
-        (np.arange(len(arrays[0])),), lambda rows: statistic(*(array[rows] for array in arrays)), vectorized=False,
-        n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)).bootstrap_distribution
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of its own interval, which is not used
+        drawn = stats.bootstrap(
+            (np.arange(len(arrays[0])),), lambda rows: statistic(*(array[rows] for array in arrays)),
+            vectorized=False, n_resamples=RESAMPLES, method="percentile",
+            rng=np.random.default_rng(seed)).bootstrap_distribution
     if np.isnan(drawn).all():
         return math.nan, math.nan
     low, high = np.nanpercentile(drawn, [50 - 50 * confidence, 50 + 50 * confidence])
@@ -170,11 +174,23 @@ def _macro_f1(right: np.ndarray, given: np.ndarray) -> float:
 
 
 def _auc(hot: np.ndarray, shares: np.ndarray) -> float:
-    both = hot.any(axis=0) & ~hot.all(axis=0)
-    return float(np.mean([sk.roc_auc_score(hot[:, i], shares[:, i]) for i in np.flatnonzero(both)])) \
-        if both.any() else math.nan
+    """Mann and Whitney's form of sklearn's `roc_auc_score`, 30 times as quick, which resampling needs."""
+    wins = []
+    for is_label, scores in zip(hot.T, shares.T, strict=True):
+        n = int(is_label.sum())
+        if 0 < n < len(is_label):
+            above = stats.rankdata(scores)[is_label].sum() - n * (n + 1) / 2
+            wins.append(above / (n * (len(is_label) - n)))
+    return float(np.mean(wins)) if wins else math.nan
 
 
 def _average_precision(hot: np.ndarray, shares: np.ndarray) -> float:
-    some = np.flatnonzero(hot.any(axis=0))
-    return float(np.mean([sk.average_precision_score(hot[:, i], shares[:, i]) for i in some]))
+    """As sklearn's `average_precision_score`, and as quick as `_auc`; equal scores are one step of the curve."""
+    areas = []
+    for is_label, scores in zip(hot.T, shares.T, strict=True):
+        if is_label.any():
+            order = np.argsort(-scores)
+            steps = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)
+            found = np.cumsum(is_label[order])[steps]
+            areas.append(float(np.sum(np.diff(found, prepend=0) * found / (steps + 1)) / found[-1]))
+    return float(np.mean(areas))
