@@ -143,8 +143,8 @@ def embedded(client: openai.OpenAI, model: str) -> Pipeline:
     return make_pipeline(Embeddings(client, model), LogisticRegression(C=10, max_iter=1000))
 
 
-def ladder(rungs: Mapping[str, Any], train: pd.DataFrame, test: pd.DataFrame,
-           price_model: str | None = None) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+def ladder(rungs: Mapping[str, Any], train: pd.DataFrame,
+           test: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """Measure all rungs on the same posts; returns the table and each rung's answers by its name.
 
     `rungs` are scikit-learn classifiers and `Prompted` models under the names to show; `train`

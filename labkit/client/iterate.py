@@ -26,6 +26,8 @@ from labkit.client.runs import digest, host, record, recorded, runs
 from labkit.errors import DataError
 
 SETTINGS = ("n_epochs", "learning_rate_multiplier", "batch_size", "rank")
+REACHED = ("status", "error", "job", "model", "tokens", "seconds", "train_loss", "valid_loss", "accuracy", "low",
+           "high", "off_label")  # NaN where a job failed or no labels were given
 TAG = "labkit_run"  # the key in a job's metadata
 IN_FLIGHT = 2  # the next job waits in the queue while one trains, and a finished one is measured meanwhile
 POLL_SECONDS = 0.5
@@ -109,7 +111,7 @@ def sweep(client: openai.OpenAI, planned: pd.DataFrame, train: Tables, valid: pd
             raise
         _show(bar, todo, [], [])
     table = pd.DataFrame([run.found for run in todo])
-    return table.drop(columns=["kind", "key", "recorded", "labkit", "openai", "python"], errors="ignore")
+    return table[["data", "examples", *SETTINGS, "seed"]].join(table.reindex(columns=list(REACHED)))
 
 
 def spread(results: pd.DataFrame, by: str | list[str], metric: str = "accuracy") -> pd.DataFrame:

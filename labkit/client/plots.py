@@ -1,8 +1,8 @@
 """Figures of what the other modules measure. Each function draws one table on one axes and returns it.
 
 Without `axes` a new figure is made. Everything can be restyled afterwards, being plain
-matplotlib. The axes' label (`axes.get_label()`) is a description in words, the alternative text
-that `show` stores beside the picture.
+matplotlib. The axes' label holds a description in words with the numbers, which `described`
+returns: the alternative text of the picture, in the memo and wherever else it is shown.
 """
 
 import io
@@ -21,15 +21,6 @@ MARKERS = "osD^vP*X"  # series differ by marker and line, not by colour alone
 LINES = ("-", "--", "-.", ":")
 UNITS = {"accuracy": "share right", "valid_loss": "validation loss (nats per completion token)",
          "examples": "training examples", "seconds": "seconds", "latency_ms": "milliseconds"}
-
-
-def show(picture: Axes | Figure) -> None:
-    """Display a figure in a notebook with its description as alternative text, which also goes into the HTML."""
-    from IPython.display import Image, display
-
-    figure = _figure(picture)
-    display(Image(png(figure), format="png"), metadata={"image/png": {"alt": described(figure)}})
-    plt.close(figure)  # else the notebook shows it a second time
 
 
 def described(picture: Axes | Figure) -> str:

@@ -1,6 +1,5 @@
 """The ladder, sweeps, figures and the memo, against the real service with a tiny model."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -152,7 +151,7 @@ def test_data_is_compared_like_any_setting_and_failures_become_rows(client: open
     broken = TRAIN.assign(completion="   ")
     plan = labkit.plan(broken, VALID)
     failed = labkit.sweep(client, plan, broken, VALID, LABELS, base=BASE_NAME)
-    assert failed.status.tolist() == ["failed"] and "empty" in failed.error[0]
+    assert failed.status.tolist() == ["failed"] and "empty" in failed.error[0] and failed.accuracy.isna().all()
     with pytest.raises(DataError, match="at least 10 examples"):
         labkit.plan(TRAIN, VALID, sizes=[5])
     with pytest.raises(DataError, match="no column completion"):
@@ -253,9 +252,13 @@ def test_figures_and_the_memo_speak_for_themselves(tmp_path: Path) -> None:
         labkit.memo(tmp_path, "x", **{**sections, "decision": " "})
 
 
-def test_a_shown_figure_carries_its_alternative_text(capsys: pytest.CaptureFixture[str],
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[dict[str, Any]] = []
-    monkeypatch.setattr("IPython.display.display", lambda picture, metadata: shown.append(metadata))
-    plots.show(plots.ladder(pd.DataFrame({"accuracy": [0.5], "low": [0.4], "high": [0.6]}, index=["rule"])))
-    assert "rule 0.500" in shown[0]["image/png"]["alt"] and json.dumps(shown)
+def test_embeddings_are_a_rung_and_are_asked_for_once(service: RunningService) -> None:
+    client = service.client
+    rung = baselines.embedded(client, BASE_NAME)
+    ladder, _ = labkit.ladder({"embeddings": rung}, TRAIN, VALID)
+    assert ladder.loc["embeddings", "accuracy"] >= 0.9  # "bat" and "ice" are other tokens, even to random weights
+    before = len(service.log("request"))
+    vectors = rung[0].transform(list(TRAIN.text) * 2)
+    assert vectors.shape[0] == 80 and len(service.log("request")) == before
+    direct = client.embeddings.create(model=BASE_NAME, input=[TRAIN.text[3]]).data[0].embedding
+    assert vectors[3].tolist() == pytest.approx(direct, abs=1e-3) and (vectors[3] == vectors[43]).all()
