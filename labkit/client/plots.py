@@ -78,7 +78,7 @@ def reliability(table: pd.DataFrame, axes: Axes | None = None) -> Axes:
     values = ", ".join(f"{row.posts} posts at {row.confidence:.2f} right {row.accuracy:.2f}"
                        for row in table.itertuples())
     return _finish(axes, "Is it right as often as it is sure?", "confidence (mean of the bin)", "share right",
-                   f"Points near the diagonal are calibrated: {values}.", xlim=(0, 1.02), ylim=(0, 1.05))
+                   f"Points near the diagonal are calibrated: {values}.", xlim=(-0.02, 1.02), ylim=(0, 1.05))
 
 
 def coverage(table: pd.DataFrame, axes: Axes | None = None) -> Axes:
