@@ -7,6 +7,11 @@
     labkit.watch(job)                          progress, time left and live loss curves
     labkit.metrics(job)                        a job's result file as a DataFrame
     labkit.classify(client, model, texts, labels)   labels with probabilities, many requests at once
+    labkit.evaluate(truth, answers)            metrics with intervals; labkit.compare: McNemar between models
+    labkit.ladder(rungs, train, test)          baselines and models on the same posts
+    labkit.plan(…), labkit.sweep(…)            fine-tuning jobs over settings, sizes and seeds
+    labkit.runs()                              every run recorded on this machine, a DataFrame
+    labkit.memo(folder, title, …)              the one-page report
 
 Names load when first used, so that `import labkit` is quick.
 """
@@ -15,12 +20,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from labkit.client.baselines import Prompted as Prompted
+    from labkit.client.baselines import ladder as ladder
     from labkit.client.classify import classify as classify
     from labkit.client.connect import connect as connect
     from labkit.client.data import posts as posts
+    from labkit.client.evaluate import compare as compare
+    from labkit.client.evaluate import evaluate as evaluate
+    from labkit.client.iterate import plan as plan
+    from labkit.client.iterate import sweep as sweep
     from labkit.client.jobs import metrics as metrics
     from labkit.client.jobs import plot_losses as plot_losses
     from labkit.client.jobs import watch as watch
+    from labkit.client.leakage import split as split
+    from labkit.client.memo import memo as memo
+    from labkit.client.mistakes import mistakes as mistakes
+    from labkit.client.runs import runs as runs
     from labkit.errors import LabkitError as LabkitError
     from labkit.lessons.exercises import check as check
     from labkit.lessons.quiz import quiz as quiz
@@ -30,12 +45,22 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "LabkitError": "labkit.errors",
     "check": "labkit.lessons.exercises",
+    "Prompted": "labkit.client.baselines",
     "classify": "labkit.client.classify",
+    "compare": "labkit.client.evaluate",
     "connect": "labkit.client.connect",
+    "evaluate": "labkit.client.evaluate",
+    "ladder": "labkit.client.baselines",
+    "memo": "labkit.client.memo",
     "metrics": "labkit.client.jobs",
+    "mistakes": "labkit.client.mistakes",
+    "plan": "labkit.client.iterate",
     "plot_losses": "labkit.client.jobs",
     "posts": "labkit.client.data",
     "quiz": "labkit.lessons.quiz",
+    "runs": "labkit.client.runs",
+    "split": "labkit.client.leakage",
+    "sweep": "labkit.client.iterate",
     "watch": "labkit.client.jobs",
 }
 __all__ = sorted(_HOME_OF)

@@ -3,16 +3,13 @@
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import openai
 import pandas as pd
 
-from labkit.client.progress import Progress
+from labkit.client.progress import each
 from labkit.errors import DataError
-
-AT_ONCE = 64  # requests under way; the local service batches what waits
 
 
 def classify(
@@ -44,21 +41,7 @@ def classify(
         row = _ask(client, model, text, names, options)
         return {**row, "seconds": time.perf_counter() - begin}
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        waiting = [pool.submit(ask, text) for text in texts]
-        bar = Progress("Classifying") if progress else None
-        try:
-            for done, future in enumerate(as_completed(waiting), 1):
-                future.result()
-                if bar:
-                    bar.show(done / len(waiting), f"{done} of {len(waiting)} texts")
-        except BaseException:  # Ctrl-C or an error: do not send the rest
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        finally:
-            if bar:
-                bar.close()
-    rows = [future.result() for future in waiting]
+    rows = each(ask, texts, "Classifying", progress)
     columns = ["label", "probability", *names, "on_label", "answer", "prompt_tokens", "cached_tokens", "seconds"]
     return pd.DataFrame(rows, columns=columns)
 
