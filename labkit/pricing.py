@@ -251,7 +251,8 @@ def _approaches(model: str, file: FileTokens, on: Day, epochs: int, requests: in
     shots = SHOTS * (file.prompt + file.completion)
     cached = shots if shots + file.prompt >= CACHE_MINIMUM else 0.0
     shared = {"model": model, "output_tokens": file.completion, "training_usd": 0.0, "break_even": None, "note": ""}
-    plans = {"zero-shot": (file.prompt, 0.0), "few-shot": (file.prompt + shots, cached), "fine-tuned": (file.prompt, 0.0)}
+    plans = {"zero-shot": (file.prompt, 0.0), "few-shot": (file.prompt + shots, cached),
+             "fine-tuned": (file.prompt, 0.0)}
     open_to = availability(model, on)
     rows = []
     for approach, (prompt, saved) in plans.items():
