@@ -72,7 +72,7 @@ def machine() -> dict[str, Any]:
 
 def _python() -> Line:
     version = platform.python_version()
-    if sys.version_info < (3, 10):
+    if tuple(map(int, platform.python_version_tuple()[:2])) < (3, 10):
         return Line("FIX", f"Python {version} is too old", "install 3.10 or newer: make PYTHON=python3.12")
     return Line("OK", f"Python {version} on {platform.system()} {platform.machine()}")
 
@@ -158,7 +158,7 @@ def _assets() -> Iterator[Line]:
                        "folder assets inside LABKIT_HOME from a machine that has it")
     for name, answers in reached.items():
         yield Line("OK", f"{name} answers") if answers else Line(
-            "WARN", f"{name} does not answer", "needed only for what is not here yet; check network, proxy and firewall")
+            "WARN", f"{name} does not answer", "needed only for what is not here yet; check network and proxy")
 
 
 def _reached() -> dict[str, bool]:

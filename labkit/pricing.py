@@ -217,8 +217,10 @@ def compare(file: Path | str | bytes, models: Sequence[str] | None = None, on: D
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
+    by_encoding: dict[str, FileTokens] = {}
     for model in models or [*tunable(on), *(["gpt-6-luna"] if day(on) >= date(2026, 9, 22) else [])]:
-        counted = measure(file, model)
+        encoding = tokens.encoding_of(model)
+        counted = by_encoding.setdefault(encoding, by_encoding.get(encoding) or measure(file, model))
         rows += _approaches(model, counted, on, epochs or examples.auto_epochs(counted.examples), requests)
     table = pd.DataFrame(rows)
     table["break_even"] = table["break_even"].astype("Int64")
