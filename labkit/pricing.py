@@ -75,10 +75,15 @@ class FileTokens:
     completion: float
 
 
+def today() -> date:
+    """The day whose prices count where none is given."""
+    return date.today()
+
+
 def day(on: Day = None) -> date:
     """`on` as a date. Raises `PriceError` for text that is no date."""
     try:
-        return on if isinstance(on, date) else date.fromisoformat(on) if on else date.today()
+        return on if isinstance(on, date) else date.fromisoformat(on) if on else today()
     except ValueError:
         raise PriceError(f"{on!r} is no date; write YYYY-MM-DD, such as 2023-03-01.") from None
 

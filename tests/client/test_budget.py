@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from datetime import date
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -49,6 +50,11 @@ class Recorder(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Nothing on the terminal."""
+
+
+@pytest.fixture(autouse=True)
+def a_day_on_which_prices_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pricing, "today", lambda: date(2026, 11, 22))
 
 
 @pytest.fixture
@@ -116,7 +122,7 @@ def test_a_job_that_the_provider_refuses_costs_nothing(provider: Provider) -> No
     ({"model": "ada"}, "until 2024-01-04"),
     ({"model": "gpt-4-0613"}, "not known"),
     ({"model": MODEL, "method": {"type": "dpo", "dpo": {}}}, "method 'dpo'"),
-    ({"model": MODEL, "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 0}}}}, "n_epochs"),
+    ({"model": MODEL, "method": supervised(n_epochs=0)}, "n_epochs"),
     ({"model": MODEL, "training_file": "file-2"}, "404"),
 ])
 def test_what_cannot_be_known_is_refused_with_the_reason(provider: Provider, wanted: dict[str, Any], why: str) -> None:
