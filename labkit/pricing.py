@@ -241,9 +241,11 @@ def overdue(on: Day = None) -> list[str]:
 
 
 def is_model(listed: str, asked: str) -> bool:
-    """Whether a row of that model stands for the one asked for: itself, or a dated snapshot of it."""
+    """Whether a listed model is the one asked for: itself, or a dated snapshot of it if that name has no rows."""
     asked = tokens.base_name(asked)
-    return listed == asked or (listed.startswith(f"{asked}-") and listed[len(asked) + 1 :].replace("-", "").isdigit())
+    if listed == asked or asked in _listed():
+        return listed == asked
+    return listed.startswith(f"{asked}-") and listed[len(asked) + 1 :].replace("-", "").isdigit()
 
 
 def tunes(model: str) -> bool:
@@ -298,6 +300,11 @@ def _why_not(model: str, kind: str, when: date, rows: Sequence[Price]) -> str:
         return f"{model} has no known {kind} price; known are {', '.join(kinds)}."
     return (f"The prices of {model!r} are not known. data/prices.csv lists "
             f"{', '.join(sorted({row.model for row in prices() if '/' not in row.model}))}, and other providers'.")
+
+
+@lru_cache(maxsize=1)
+def _listed() -> frozenset[str]:
+    return frozenset(row.model for row in prices())
 
 
 def _date(text: str) -> date | None:

@@ -41,6 +41,7 @@ def test_a_request_with_cached_input_and_in_a_batch() -> None:
         (500 * 0.15 + 1500 * 0.075 + 10 * 0.60) / 1e6)
     assert pricing.request_cost("gpt-4o-mini", **ask, fine_tuned=True, batch=True) == pytest.approx(
         (2000 * 0.15 + 10 * 0.60) / 1e6)
+    assert pricing.price("babbage", "training", "2023-10-01").usd == 0.60  # not babbage-002, which lived beside it
     old = pricing.request_cost("ada", 2000, 10, on=THEN)
     assert pricing.request_cost("ada", 2000, 10, cached=2000, on=THEN) == old  # GPT-3 had no cached price
     with pytest.raises(ValueError, match="cached=11"):
