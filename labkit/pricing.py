@@ -175,7 +175,8 @@ def break_even(training: float, before: float, after: float) -> int | None:
 
     `training` in USD; `before` and `after` are USD a request without and with the fine-tuned model.
     """
-    return math.ceil(training / (before - after)) if before > after else None
+    needed = training / (before - after) if before > after else math.inf
+    return None if math.isinf(needed) else math.ceil(needed)
 
 
 def local_cost(seconds: float, watts: float = WATTS, usd_per_kwh: float = USD_PER_KWH) -> float:
@@ -259,11 +260,12 @@ def tunes(model: str) -> bool:
 def _approaches(model: str, file: FileTokens, on: Day, epochs: int, requests: int) -> list[dict[str, Any]]:
     shots = SHOTS * (file.prompt + file.completion)
     cached = shots if shots + file.prompt >= CACHE_MINIMUM else 0.0
-    shared = {"model": model, "output_tokens": file.completion, "training_usd": 0.0, "break_even": None, "note": ""}
+    shared: dict[str, Any] = {"model": model, "output_tokens": file.completion, "training_usd": 0.0,
+                              "break_even": None, "note": ""}
     plans = {"zero-shot": (file.prompt, 0.0), "few-shot": (file.prompt + shots, cached),
              "fine-tuned": (file.prompt, 0.0)}
     open_to = availability(model, on)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for approach, (prompt, saved) in plans.items():
         row = shared | {"approach": approach, "prompt_tokens": prompt, "base_off": open_to and open_to.base_off}
         each = {"fine_tuned": approach == "fine-tuned", "on": on}

@@ -225,7 +225,7 @@ def count_example(example: Example, model: str | None = None) -> tuple[int, int]
         prompt, completion = count_many([example.prompt, example.completion], model)
         return prompt, completion + end
     if not end:
-        completion = count(example.messages[-1]["content"], model)
+        completion = count(example.messages[-1]["content"] or "", model)
         return count_chat(example.messages, model) - completion, completion
     turns = [index for index, trained in enumerate(example.trained) if trained]
     prompts = sum(count_chat(example.messages[:index]) for index in turns)

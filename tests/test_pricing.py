@@ -71,7 +71,7 @@ def test_break_even_is_the_first_request_at_which_training_has_paid(
         training: float, before: float, after: float) -> None:
     found = pricing.break_even(training, before, after)
     if found is None:
-        assert after >= before
+        assert before - after < 1e-9
     elif before - after > 1e-9:
         saved = before - after
         assert found * saved >= training * (1 - 1e-9) and (found - 1) * saved <= training * (1 + 1e-9)
