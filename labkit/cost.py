@@ -51,10 +51,12 @@ def _show(table: "pd.DataFrame", local: dict[str, Any], requests: int) -> None:
     shown = table[list(SHOWN)].rename(columns=SHOWN)
     print(f"Prices of {table.attrs['on']} in USD; total: training and {requests:,} requests; "
           "break-even: requests until cheaper than few-shot.\n")
-    money = {name: "{:,.4f}".format for name in ("training", "per 1,000", "in a batch", "total")}
-    print(shown.to_string(index=False, na_rep="unknown", formatters={"prompt": "{:,.0f}".format, **_unknown(money),
-          "break-even": lambda value: "-" if value is None or value != value else f"{value:,}",
-          "base ends": lambda value: value or "-"}))
+    for name in ("training", "per 1,000", "in a batch", "total"):
+        shown[name] = [f"{usd:,.4f}" if usd == usd else "unknown" for usd in shown[name]]
+    shown["prompt"] = shown["prompt"].map("{:,.0f}".format)
+    shown["break-even"] = ["-" if count is None else f"{count:,}" for count in _or_none(shown["break-even"])]
+    shown["base ends"] = [str(day or "-") for day in _or_none(shown["base ends"])]
+    print(shown.to_string(index=False))
     for model, who in table.dropna(subset=["who"])[["model", "who"]].itertuples(index=False):
         print(f"{model}: {who} can start a job" if who != "no fine-tuning" else f"{model}: cannot be fine-tuned")
     for note in dict.fromkeys(table.note[table.note != ""]):
@@ -67,7 +69,5 @@ def _show(table: "pd.DataFrame", local: dict[str, Any], requests: int) -> None:
           f"electricity if it draws {local['watts']:g} W at {local['usd_per_kwh']:g} USD a kWh (assumed).")
 
 
-def _unknown(formats: dict[str, Any]) -> dict[str, Any]:
-    """The same formats, but "unknown" for a missing number."""
-    return {name: lambda value, form=form: "unknown" if value != value else form(value)
-            for name, form in formats.items()}
+def _or_none(column: "pd.Series[Any]") -> list[Any]:
+    return [None if missing else value for value, missing in zip(column, column.isna(), strict=True)]
