@@ -4,6 +4,7 @@
     posts = labkit.posts()                     the lab's data: baseball and hockey posts, a DataFrame
     labkit.check("01.2", answer)               whether an exercise is solved, with a hint where it is not
     labkit.quiz("01")                          the quiz of a notebook
+    labkit.doctor()                            what is ready on this machine, and how to mend the rest
     labkit.watch(job)                          progress, time left and live loss curves
     labkit.metrics(job)                        a job's result file as a DataFrame
     labkit.classify(client, model, texts, labels)   labels with probabilities, many requests at once
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from labkit.client.baselines import Prompted as Prompted
     from labkit.client.baselines import ladder as ladder
+    from labkit.checkup import doctor as doctor
     from labkit.client.classify import classify as classify
     from labkit.client.connect import connect as connect
     from labkit.client.data import posts as posts
@@ -52,6 +54,7 @@ _HOME_OF = {
     "evaluate": "labkit.client.evaluate",
     "ladder": "labkit.client.baselines",
     "memo": "labkit.client.memo",
+    "doctor": "labkit.checkup",
     "metrics": "labkit.client.jobs",
     "mistakes": "labkit.client.mistakes",
     "plan": "labkit.client.iterate",

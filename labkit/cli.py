@@ -1,4 +1,4 @@
-"""The `labkit` command: serve, stop, lab, progress."""
+"""The `labkit` command: serve, stop, lab, progress, cost, doctor."""
 
 import argparse
 import os
@@ -30,7 +30,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tuning through the OpenAI SDK, on your own machine.",
         epilog="examples:\n  labkit lab             the whole lab, headless\n"
                "  labkit serve           the local service, for notebooks and scripts of your own\n"
-               "  labkit stop            end a service that a notebook started",
+               "  labkit stop            end a service that a notebook started\n"
+               "  labkit cost FILE       what training and using a model costs\n"
+               "  labkit doctor          what is ready on this machine",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"labkit {__version__}")
@@ -53,6 +55,20 @@ def _parser() -> argparse.ArgumentParser:
                      help="where notebook, HTML, figures and results.json go (default: build/lab)")
 
     _command(commands, "progress", _progress, "show which exercises are done", "  labkit progress")
+
+    cost = _command(commands, "cost", _cost, "tell what training on a file costs, and using the model, before paying",
+                    "  labkit cost train.jsonl\n  labkit cost train.jsonl --model gpt-4o-mini --requests 100000\n"
+                    "  labkit cost train.jsonl --model ada --model curie --date 2023-03-01   as it was then\n"
+                    "  labkit cost train.jsonl --json > cost.json")
+    cost.add_argument("file", type=Path, metavar="FILE", help="a training file (JSONL)")
+    cost.add_argument("--model", action="append", help="a model; may be repeated (default: all that can be trained)")
+    cost.add_argument("--date", metavar="YYYY-MM-DD", help="the day whose prices count (default: today)")
+    cost.add_argument("--epochs", type=int, help="epochs of training (default: OpenAI's auto rule)")
+    cost.add_argument("--requests", type=int, default=10_000, help="requests afterwards (default: 10000)")
+    cost.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+    _command(commands, "doctor", _doctor, "tell what is ready on this machine, what is not, and how to mend it",
+             "  labkit doctor\n  labkit doctor > report.txt     exit code 1 if something has to be fixed")
     return parser
 
 
@@ -92,3 +108,19 @@ def _progress(parsed: argparse.Namespace) -> int:
 
     print(progress())
     return 0
+
+
+def _cost(parsed: argparse.Namespace) -> int:
+    from labkit import cost
+
+    return cost.report(parsed.file, parsed.model, parsed.date, parsed.epochs, parsed.requests, parsed.json)
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from labkit.checkup import examine
+
+    needed = 0
+    for line in examine():
+        print(line, flush=True)
+        needed += line.state == "FIX"
+    return 1 if needed else 0

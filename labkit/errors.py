@@ -17,5 +17,13 @@ class ContextError(LabkitError, ValueError):
     """A prompt and its answer do not fit into the model's context window."""
 
 
+class PriceError(LabkitError):
+    """A price is not known; what is unknown is never taken for zero."""
+
+
+class BudgetError(LabkitError):
+    """A job was not started, because it would cost more than the budget allows, or its price is not known."""
+
+
 class ServiceError(LabkitError):
     """The local service cannot be started, found or reached."""

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import openai
 
 from labkit import assets, paths
+from labkit.client.budget import limited
 from labkit.errors import ServiceError
 
 START_SECONDS = 60.0  # a slow disk and a virus scanner can hold up the first start
@@ -23,16 +24,19 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _latest: openai.OpenAI | None = None
 
 
-def connect(provider: str = "local", **options: object) -> openai.OpenAI:
+def connect(provider: str = "local", *, budget_usd: float | None = None, **options: object) -> openai.OpenAI:
     """An OpenAI client; everything after this line is the plain SDK.
 
     `provider` is `"local"` (the service on this machine, started if none answers), `"openai"`
     (needs `OPENAI_API_KEY`), or the base URL of any compatible service, such as
     `"http://127.0.0.1:8712/v1"`. For a service of this machine the key is found in
     `LABKIT_HOME`; for others it is `api_key=…` or `OPENAI_API_KEY`. `options` go to
-    `openai.OpenAI`. Raises `ServiceError` when the service cannot be started, or no key is known.
+    `openai.OpenAI`. `budget_usd` refuses fine-tuning jobs that together would cost more, before they
+    are sent (`BudgetError`); on this machine's service at the simulated price of the model that is
+    named. Raises `ServiceError` when the service cannot be started, or no key is known.
     """
     global _latest
+    prices = provider  # whose prices a budget is counted in
     if provider == "local":
         options = {"base_url": ensure_service(), "api_key": local_key()} | options
     elif provider != "openai":
@@ -41,8 +45,10 @@ def connect(provider: str = "local", **options: object) -> openai.OpenAI:
         options = {"base_url": provider} | options
         if urlsplit(provider).hostname in LOOPBACK and (paths.home() / "api_key").exists():
             options = {"api_key": local_key()} | options
+            prices = "local"
+    client = openai.OpenAI if budget_usd is None else limited(budget_usd, prices)
     try:
-        _latest = openai.OpenAI(**options)  # type: ignore[arg-type]
+        _latest = client(**options)  # type: ignore[arg-type]
     except openai.OpenAIError as error:
         raise ServiceError(f"No API key for {provider}: set OPENAI_API_KEY, or pass api_key=… to connect().") from error
     return _latest
