@@ -21,9 +21,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from labkit.checkup import doctor as doctor
     from labkit.client.baselines import Prompted as Prompted
     from labkit.client.baselines import ladder as ladder
-    from labkit.checkup import doctor as doctor
     from labkit.client.classify import classify as classify
     from labkit.client.connect import connect as connect
     from labkit.client.data import posts as posts

@@ -73,6 +73,32 @@ WRONG: dict[str, list[Any]] = {
         lambda train, held_out: sum(name in set(train) for name in held_out),
     ],
     "07.3": [set("ABC"), set("ABCDEFGHIJKLM"), "ACDFGIJK", 9],
+    "04.1": [
+        lambda examples, size, epochs: examples // size * epochs,
+        lambda examples, size, epochs: math.ceil(examples * epochs / size),  # an epoch's last batch stays small
+        lambda examples, size, epochs: math.ceil(examples / size),
+    ],
+    "04.2": [
+        lambda logprobs: math.exp(sum(logprobs) / len(logprobs)),
+        lambda logprobs: -sum(logprobs) / len(logprobs),
+        lambda logprobs: math.exp(-sum(logprobs)),
+    ],
+    "04.3": [
+        lambda examples: 3,
+        lambda examples: min(25, 100 // examples) if examples < 100 else 3,
+        lambda examples: min(25, 100 / examples) if examples * 3 < 100 else 3,
+    ],
+    "04.4": [
+        lambda rows: max(rows)[0],  # the last
+        lambda rows: min(rows, key=lambda row: row[1])[0],
+        lambda rows: min(rows, key=lambda row: row[2]),
+        lambda rows: min(rows, key=lambda row: (row[2], -row[0]))[0],
+    ],
+    "04.5": [
+        lambda losses, prompt: sum(losses) / len(losses),
+        lambda losses, prompt: sum(losses[prompt:]) / len(losses[prompt:]),
+        lambda losses, prompt: sum(losses[prompt - 1:]),
+    ],
 }
 
 
