@@ -236,8 +236,8 @@ class Store:
     def stored_bytes(self) -> int:
         """The size of all files, and of the parts of uploads, together."""
         return self.db.execute(
-            "SELECT ifnull(sum(json_extract(CASE kind WHEN 'file' THEN body ELSE inner END, '$.bytes')), 0) FROM objects "
-            f"WHERE kind IN ('file', 'part') AND {OWN}", (self.owner,)).fetchone()[0]
+            "SELECT ifnull(sum(json_extract(CASE kind WHEN 'file' THEN body ELSE inner END, '$.bytes')), 0) "
+            f"FROM objects WHERE kind IN ('file', 'part') AND {OWN}", (self.owner,)).fetchone()[0]
 
     def expired(self, time: int) -> list[str]:
         """The ids of everybody's files that expire at or before `time`, in seconds since 1970."""
