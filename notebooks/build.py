@@ -30,7 +30,6 @@ def learner_version(solution: Path) -> str:
     for step in GenerateAssignment().preprocessors:
         if step is not SaveCells:
             notebook, _ = step(config=config).preprocess(notebook, {})
-    notebook.metadata.pop("seconds", None)
     return nbformat.writes(notebook) + "\n"
 
 
