@@ -17,7 +17,7 @@ import pandas as pd
 from openai.types.fine_tuning import FineTuningJob
 from scipy import stats
 
-from labkit import examples, tokens
+from labkit import examples, pricing, tokens
 from labkit.client.classify import classify
 from labkit.client.evaluate import paired, share
 from labkit.client.jobs import ENDED, metrics
@@ -39,7 +39,7 @@ Tables: TypeAlias = "pd.DataFrame | Mapping[str, pd.DataFrame]"
 def plan(
     train: Tables, valid: pd.DataFrame, *, sizes: Sequence[int] | None = None, seeds: Sequence[int] = (1,),
     n_epochs: Sequence[int | str] = ("auto",), learning_rate_multiplier: Sequence[float | str] = ("auto",),
-    batch_size: Sequence[int | str] = ("auto",), rank: Sequence[int | None] = (None,),
+    batch_size: Sequence[int | str] = ("auto",), rank: Sequence[int | None] = (None,), price_model: str | None = None,
 ) -> pd.DataFrame:
     """Every combination as a row, with the `tokens` it trains on and the `seconds` it may take on this machine.
 
@@ -47,8 +47,9 @@ def plan(
     name compare data instead of settings (labels mended, classes balanced, examples added).
     `sizes` are numbers of training examples, drawn by seed and each contained in the next larger
     one; None takes all. `seconds` counts a prompt's first reading once, since repeated jobs reuse
-    the prompt cache, and is scaled by what earlier runs took. A notebook shows the plan and
-    `plan.seconds.sum()` before it runs anything. Raises `DataError`.
+    the prompt cache, and is scaled by what earlier runs took. With a `price_model` the column
+    `usd` tells what the job would cost at its provider today, with the local model's tokens. A
+    notebook shows the plan and `plan.seconds.sum()` before it runs anything. Raises `DataError`, `PriceError`.
     """
     tables = _named(train)
     _check({**tables, "validation": valid})
@@ -69,6 +70,8 @@ def plan(
                          "tokens": round(size * lengths[name] * epochs),
                          "seconds": START_SECONDS + fresh / READ_TOKENS + EXAMPLE_SECONDS * size * epochs})
     table = pd.DataFrame(rows)
+    if price_model is not None:
+        table["usd"] = [pricing.training_cost(price_model, count) for count in table["tokens"]]
     table.attrs["pace"] = _pace()
     table["seconds"] = (table["seconds"] * table.attrs["pace"]).round(1)
     return table
@@ -278,7 +281,7 @@ def _check(tables: Mapping[str, pd.DataFrame]) -> None:
 
 
 def _tokens(table: pd.DataFrame) -> pd.Series:
-    return (table["prompt"] + table["completion"]).map(tokens.count)
+    return pd.Series(tokens.count_many(table["prompt"] + table["completion"]))
 
 
 def _plain(value: Any) -> Any:
