@@ -82,12 +82,13 @@ def sweep(client: openai.OpenAI, planned: pd.DataFrame, train: Tables, valid: pd
     """Run a plan as fine-tuning jobs; one row each, in the plan's order, with what it reached on `valid`.
 
     Beside the settings: `status`, `job`, `model`, `train_loss` (mean of the last epoch),
-    `valid_loss` (nats a completion token, whole validation file), `seconds`, and with `labels`
-    `accuracy` with its interval `low` to `high` and `off_label`. Each finished row is recorded
-    for `labkit.runs()`. Interrupt it, restart the kernel, run the cell again: what is recorded
-    is not repeated, and jobs under way are found again. A job that fails, as with too
-    high a learning rate, becomes a row with its `error`. Choose on `valid`, then measure the
-    chosen model on test posts once. Raises `DataError` for unusable tables, and the SDK's errors.
+    `valid_loss` (nats a completion token, whole validation file), `seconds` (NaN for a job that
+    an earlier call had begun), and with `labels` `accuracy` with its interval `low` to `high` and
+    `off_label`. Each finished row is recorded for `labkit.runs()`. Interrupt it, restart the
+    kernel, run the cell again: what is recorded is not repeated, and jobs under way are found
+    again. A job that fails, as with too high a learning rate, becomes a row with its `error`.
+    Choose on `valid`, then measure the chosen model on test posts once. Raises `DataError`
+    for unusable tables, and the SDK's errors.
     """
     tables = _named(train)
     _check({**tables, "validation": valid})
@@ -146,6 +147,7 @@ class _Run:
     planned: float
     found: dict[str, Any] | None = None
     job: str = ""
+    made_here: bool = False  # not found again: its time may hold a stop of the service or a sleeping laptop
 
     @staticmethod
     def of(client: openai.OpenAI, row: dict[str, Any], tables: dict[str, pd.DataFrame], valid: pd.DataFrame,
@@ -173,6 +175,7 @@ class _Run:
                 return self
         hyperparameters = {name: self.settings[name] for name in SETTINGS[:3]}
         extra = {"labkit": {"rank": self.settings["rank"]}} if self.settings["rank"] else None
+        self.made_here = True
         self.job = client.fine_tuning.jobs.create(
             model=base, training_file=_upload(client, self.rows, files), validation_file=_upload(client, valid, files),
             seed=self.settings["seed"], metadata={TAG: self.tag}, suffix="sweep", extra_body=extra,
@@ -193,8 +196,8 @@ class _Run:
             table = metrics(job, client)
             result["train_loss"] = float(table["train_loss"].tail(max(1, len(table) // epochs)).mean())
             result["valid_loss"] = float(checkpoints(job, client)["valid_loss"].iloc[-1])
-            result |= {"tokens": job.trained_tokens, "seconds": _training_seconds(client, job),
-                       "planned": self.planned / pace}
+            result |= {"tokens": job.trained_tokens, "planned": self.planned / pace,
+                       "seconds": _training_seconds(client, job) if self.made_here else None}
             if labels:
                 answers = classify(client, job.fine_tuned_model, valid["prompt"].tolist(), labels, progress=False)
                 truth, answers = paired(valid["completion"].str.strip(), answers)
