@@ -331,10 +331,10 @@ class TokenCounter:
         if not self.local:
             return [*contents, *roles], tokens.PER_MESSAGE * len(messages)
         if any(content[:1].isspace() or not content for content in contents):
-            return [tokens.render(messages)], 0
+            return [tokens.render(messages, header=False)], 0
         if roles not in self._added:
             bare = tuple({"role": role, "content": "x"} for role in roles)
-            self._added[roles] = tokens.count(tokens.render(bare)) - len(roles) * tokens.count("x")
+            self._added[roles] = tokens.count(tokens.render(bare, header=False)) - len(roles) * tokens.count("x")
         return contents, self._added[roles]
 
 
