@@ -165,11 +165,8 @@ class Finder:
             problem = spots.problem
             if problem is None:
                 continue
-            renamed = code == "missing_field" and any(f"'{name}'" in problem.message.lower()
-                                                      and f"'{name}'" not in problem.message
-                                                      for name in ("prompt", "completion", "messages"))
-            self.add("column_case" if renamed else code, problem.message, spots.count, spots.places,
-                     fixable=True, advice="Rename them." if renamed else f"{CATALOGUE[code][2]} By hand: {problem.fix}")
+            self.add(code, problem.message, spots.count, spots.places, fixable=True,
+                     advice=CATALOGUE[code][2] + ("" if code == "column_case" else f" By hand: {problem.fix}"))
 
     def _forms(self) -> None:
         if len(self.scan.forms) > 1:

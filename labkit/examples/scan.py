@@ -158,7 +158,8 @@ def _scan_batch(found: Scan, batch: list[Row], count: "TokenCounter", time_colum
         found.rows += 1
         example = row if isinstance(row, Problem) else recognise(row, line)
         if isinstance(example, Problem):
-            found.problems.setdefault(example.kind, Spots()).add(line, example.field, example)
+            kind = "column_case" if isinstance(row, dict) and renamed(row) != row else example.kind
+            found.problems.setdefault(kind, Spots()).add(line, example.field, example)
         else:
             kept.append((index, line, original, example))
             if row.keys() - KEYS[_form(example)]:
@@ -196,6 +197,14 @@ def view(example: Form) -> tuple[str, str, str]:
     prompt = "\n".join([f"{message['role']}: {message['content']}" for message in before])
     text = "\n".join([message["content"] for message in before if message["role"] not in ("system", "developer")])
     return prompt, answer, f"{text}\n{answer}"
+
+
+def renamed(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with `Prompt`, `COMPLETION` … in lower case, where that does not hide another field."""
+    known = {"prompt", "completion", "messages"}
+    plain = {name: str(name).strip().lower() for name in row}
+    return {plain[name] if plain[name] in known and plain[name] not in row else name: value
+            for name, value in row.items()}
 
 
 def _form(example: Form) -> str:
