@@ -5,6 +5,9 @@ a person can decide: it reports on a whole file (`read`, `scan`, `findings`), of
 `split`s, writes the result and shows a `report`; `command` is `labkit prepare`.
 """
 
+from labkit.examples.rows import MAX_DEPTH as MAX_DEPTH
+from labkit.examples.rows import MAX_LINE as MAX_LINE
+from labkit.examples.rows import MAX_LINES as MAX_LINES
 from labkit.examples.rows import MINIMUM as MINIMUM
 from labkit.examples.rows import ROLES as ROLES
 from labkit.examples.rows import Chat as Chat
@@ -17,3 +20,4 @@ from labkit.examples.rows import auto_epochs as auto_epochs
 from labkit.examples.rows import check as check
 from labkit.examples.rows import first_unreadable as first_unreadable
 from labkit.examples.rows import parse as parse
+from labkit.examples.rows import too_deep as too_deep

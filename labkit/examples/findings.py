@@ -114,6 +114,7 @@ class Finding:
     fixable: bool = False
     drop: Any = None  # places in the file of examples that the fix sets aside
     values: Any = None  # what the fix needs to know, such as the separator to add
+    fixed: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -131,8 +132,10 @@ class Finder:
     """Turns a scan into findings. `labels`: the list that completions must be on, if there is one."""
 
     def __init__(self, file: str, scan: Scan, model: str | None = None, labels: list[str] | None = None,
-                 minimum: int = MINIMUM) -> None:
-        self.file, self.scan, self.model, self.minimum = file, scan, model, minimum
+                 train: Scan | None = None) -> None:
+        """`train` is given with a validation file: what its pairs must look like."""
+        self.file, self.scan, self.model, self.train = file, scan, model, train
+        self.minimum = 1 if train else MINIMUM
         self.labels = labels
         self.found: list[Finding] = []
 
@@ -233,6 +236,9 @@ class Finder:
             if 2 * common.upper > common.lower:
                 self.add(f"{name}_case", f"{common.upper:,} of {common.upper + common.lower:,} letters of the "
                          f"{name}s are upper case.", prompt.count, fixable=True)
+        if self.train:
+            self._like_training(self.train)
+            return
         if scan.task != "open-ended":
             self._separator()
             if len(prompt.prefix) > 12 and not prompt.same:
@@ -242,6 +248,15 @@ class Finder:
             self.add("equal_completions", f"All completions are {completion.first[:40]!r}.", completion.count)
         else:
             self._completions()
+        self._spots("completion_space", "{} completions do not begin with a space.", fixable=True)
+
+    def _like_training(self, train: Scan) -> None:
+        """A validation file needs the separator, the ending and the space of the training file."""
+        for code, ours, theirs in (("prompt_separator", train.prompt, self.scan.prompt),
+                                   ("completion_suffix", train.completion, self.scan.completion)):
+            if not ours.same and not theirs.suffix.endswith(ours.suffix):
+                self.add(code, f"Unlike in training, not all end with {ours.suffix[-60:]!r}.", theirs.count,
+                         fixable=True, values=ours.suffix, advice=f"Add {ours.suffix[-60:]!r}.")
         self._spots("completion_space", "{} completions do not begin with a space.", fixable=True)
 
     def _separator(self) -> None:

@@ -18,6 +18,9 @@ import orjson
 
 BOM = b"\xef\xbb\xbf"  # what Windows editors put before UTF-8
 MINIMUM = 10  # examples; OpenAI refuses a job with fewer
+MAX_LINE = 1 << 20  # bytes; the 65,536 tokens that OpenAI takes of an example are about a quarter of that in English
+MAX_LINES = 100_000
+MAX_DEPTH = 64  # lists and objects within each other
 ROLES = ("system", "developer", "user", "assistant")
 TOOL_ROLES = ("tool", "function")  # hosted providers only
 TOOL_KEYS = ("tools", "functions")
@@ -140,6 +143,12 @@ def _rows(source: Path | str | bytes | Iterable[dict[str, Any]]) -> Iterator[tup
         yield from enumerate(source, 1)
         return
     for number, raw in enumerate(_lines(source), 1):
+        if number > MAX_LINES:
+            yield number, Problem(0, "", f"The file has more than {MAX_LINES:,} lines.", "Train on fewer examples.")
+            return
+        if len(raw) > MAX_LINE:  # no further: it is only the beginning of the line
+            yield number, too_long(number)
+            return
         raw = raw.removeprefix(BOM) if number == 1 else raw
         if raw.strip():
             yield number, decode(raw, number)
@@ -148,11 +157,11 @@ def _rows(source: Path | str | bytes | Iterable[dict[str, Any]]) -> Iterator[tup
 def decode(raw: bytes, line: int) -> Any:
     """The JSON value of one line, or a `Problem` with the column."""
     try:
-        return orjson.loads(raw)
-    except ValueError:  # or it is one of the things that only Python's own reader takes, such as NaN
-        pass
-    try:
-        return json.loads(raw.decode())
+        try:
+            row = orjson.loads(raw)
+        except ValueError:  # or it is one of the things that only Python's own reader takes, such as NaN
+            row = json.loads(raw.decode())
+        return nested_too_deep(line) if too_deep(row) else row
     except UnicodeDecodeError as error:
         return Problem(line, f"byte {error.start + 1}", "The line is not UTF-8 text.", "Save the file as UTF-8.",
                        kind="not_utf8")
@@ -168,9 +177,33 @@ def decode(raw: bytes, line: int) -> Any:
 
 
 def _lines(source: Path | str | bytes) -> Iterator[bytes]:
-    """A file's lines, one at a time: it may be larger than memory."""
+    """A file's lines, one at a time: it may be larger than memory. Of a line beyond `MAX_LINE` comes the beginning."""
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as handle:
-        yield from handle
+        while line := handle.readline(MAX_LINE + 1):
+            yield line
+
+
+def too_long(line: int) -> Problem:
+    """The problem of a line of more than `MAX_LINE` bytes."""
+    return Problem(line, "", f"The line is longer than {MAX_LINE:,} bytes.",
+                   "Write one example a line, and shorten this one.", kind="too_long")
+
+
+def nested_too_deep(line: int) -> Problem:
+    """The problem of a row nested more than `MAX_DEPTH` deep."""
+    return Problem(line, "", f"The line is nested more than {MAX_DEPTH} levels deep.",
+                   "Write one flat JSON object, such as {\"prompt\": \"…\", \"completion\": \" …\"}.")
+
+
+def too_deep(value: Any) -> bool:
+    """Whether lists and objects stand within each other more than `MAX_DEPTH` deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for item in level if isinstance(item, dict | list)
+                 for child in (item.values() if isinstance(item, dict) else item) if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def auto_epochs(examples: int) -> int:

@@ -69,7 +69,7 @@ def leaks(finder: Finder, train: Scan, train_rows: np.ndarray, valid: Scan, vali
     A group may only be known by hash, so its name is not told, but its lines are.
     """
     def key(scan: Scan, rows: np.ndarray) -> np.ndarray:
-        return scan.prompts[rows] if not scan.task == "open-ended" else scan.completions[rows]
+        return scan.prompts[rows] if scan.task != "open-ended" else scan.completions[rows]
 
     inside = np.flatnonzero(train_rows)
     held = np.flatnonzero(valid_rows)
@@ -91,6 +91,6 @@ def leaks(finder: Finder, train: Scan, train_rows: np.ndarray, valid: Scan, vali
         ours, theirs = train.columns[name][train_rows], valid.columns[name][valid_rows]
         shared = np.isin(theirs, ours[ours != 0])
         if shared.any():
-            finder.add("group_overlap", f"{shared.sum()} of {len(held)} validation examples ({shared.mean():.0%}) share "
-                       f"their {name} with training.", shared.sum(),
+            finder.add("group_overlap", f"{shared.sum()} of {len(held)} validation examples ({shared.mean():.0%}) "
+                       f"share their {name} with training.", shared.sum(),
                        finder.at(inside[np.isin(ours, theirs[theirs != 0])], name))
