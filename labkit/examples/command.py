@@ -4,13 +4,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labkit.errors import DataError
-from labkit.examples.findings import Finding
-from labkit.examples.prepare import prepare
-from labkit.examples.rows import Problem
-from labkit.examples.scan import as_json
+
+if TYPE_CHECKING:
+    from labkit.examples.findings import Finding
 
 EXAMPLES = """  labkit prepare posts.csv                    each fix is shown, then asked for
   labkit prepare posts.jsonl --yes --split stratified
@@ -43,12 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Prepare, and print the report. The exit code: 0 fit, 1 not fit, 2 wrong usage."""
+    from labkit.examples.prepare import prepare  # here: `labkit --help` need not load numpy
+
     fix: Any = "all" if parsed.yes else parsed.fix
     if fix is None and not parsed.json and (parsed.dry_run or sys.stdin.isatty()):
         fix = Terminal(ask=not parsed.dry_run).ask
     try:
         result = prepare(parsed.file, parsed.valid, fix, parsed.split, parsed.by, parsed.share, parsed.seed,
-                         parsed.to, parsed.model, parsed.labels)
+                         parsed.to, parsed.model, parsed.labels, parsed.dry_run)
     except DataError as error:
         print(f"labkit prepare: {error}", file=sys.stderr)
         return 2
@@ -69,7 +70,7 @@ class Terminal:
     def __init__(self, ask: bool) -> None:
         self.asking = ask
 
-    def ask(self, finding: Finding, samples: list[tuple[Any, Any]]) -> bool:
+    def ask(self, finding: "Finding", samples: list[tuple[Any, Any]]) -> bool:
         """Whether to apply the fix. Anything but n means yes, as in the old tool."""
         print(f"\n{finding.code} ({finding.count:,}): {finding.message}\n  {finding.why}\n  Fix: {finding.fix}")
         for before, after in samples:
@@ -83,7 +84,7 @@ class Terminal:
 
 
 def _short(row: Any) -> str:
-    text = row.message if isinstance(row, Problem) else as_json(row)
+    text = json.dumps(row, ensure_ascii=False) if isinstance(row, dict) else f"{row}"
     return text if len(text) <= 200 else f"{text[:120]} … {text[-70:]}"
 
 

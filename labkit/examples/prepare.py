@@ -66,7 +66,8 @@ class Prepared:
 
 def prepare(file: str | Path, valid: str | Path | None = None, fix: str | list[str] | Ask | None = None,
             split: str | None = None, by: str | None = None, share: float | None = None, seed: int = 42,
-            to: str | None = None, model: str | None = None, labels: list[str] | None = None) -> Prepared:
+            to: str | None = None, model: str | None = None, labels: list[str] | None = None,
+            dry_run: bool = False) -> Prepared:
     """Look at a training file, mend what can be mended, and write it for a fine-tuning job.
 
     `fix` is None to look only, "all", names of findings to mend, or a function that is asked.
@@ -75,7 +76,7 @@ def prepare(file: str | Path, valid: str | Path | None = None, fix: str | list[s
     `split` is "random", "stratified", "grouped" or "time" (the last two `by` a column); `share` is
     the part held out (default: a fifth, at most 1,000). `to` converts to "chat" or "completion".
     `model` is whose tokens and limit count (default: the local base model); `labels` is the list
-    that answers must be on. Raises `DataError` when a file or a setting cannot be used.
+    that answers must be on; `dry_run` writes nothing in any case. Raises `DataError` when a file or a setting cannot be used.
     """
     if isinstance(fix, list | tuple) and (unknown := set(fix) - CATALOGUE.keys()):
         raise DataError(f"There is no fix named {', '.join(sorted(unknown))}. Fixes are named as their findings: "
@@ -92,8 +93,10 @@ def prepare(file: str | Path, valid: str | Path | None = None, fix: str | list[s
     chosen = held_out(work.train, split, by, share, seed) if split and work.train.count else None
     if chosen is not None:
         done += work.check_split(chosen, fix)
+    if not split and not valid and work.train.task == "classification":
+        work.advise("no_validation", "No examples are held out.")
     result = work.result(done + work.findings)
-    if fix is not None and result.fit:
+    if fix is not None and result.fit and not dry_run:
         result.outputs = work.write(chosen)
     return result
 
@@ -217,8 +220,13 @@ class _Work:
             finder.found.clear()
             finder.add("too_few", f"The split leaves {left} examples to train on; the minimum is {MINIMUM}.")
             found += finder.found
-        self.findings = [finding for finding in self.findings if finding.code != "no_validation"]
         return found
+
+    def advise(self, code: str, message: str) -> None:
+        """One more finding about the training file as a whole."""
+        finder = Finder(self.file.name, self.train, self.model)
+        finder.add(code, message, self.train.count)
+        self.findings = self.findings + finder.found
 
     def result(self, findings: list[Finding]) -> Prepared:
         """Everything found so far."""
@@ -288,12 +296,13 @@ def sdk_lines(result: Prepared) -> str:
     """The Python lines that train on what was written."""
     names = result.outputs or {"train": result.file}
     hosted = result.model is not None and not result.model.startswith("smollm2")
-    lines = ["import labkit", "", f"client = labkit.connect({'\"openai\"' if hosted else ''})"]
+    lines = ["import labkit", "", "client = labkit.connect(\"openai\")" if hosted else "client = labkit.connect()"]
     if token_limit(result.model)[0] is None:
         lines.insert(0, f"# The token limit of {result.model} is not known here and was not checked.")
     for name in ("train", "valid"):
         if name in names:
-            lines.append(f"{name} = client.files.create(file=open({str(names[name])!r}, \"rb\"), purpose=\"fine-tune\")")
+            opened = f"open({str(names[name])!r}, \"rb\")"
+            lines.append(f"{name} = client.files.create(file={opened}, purpose=\"fine-tune\")")
     more = ", validation_file=valid.id" if "valid" in names else ""
     more += ", method={\"type\": \"dpo\"}" if result.form == "preference" else ""
     model = result.model or "smollm2-135m-instruct"

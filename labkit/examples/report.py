@@ -122,9 +122,10 @@ def as_html(result: "Prepared") -> str:
              f"</thead><tbody>{rows}</tbody></table>") if rows else "<p>No findings.</p>"
     lengths = [(f"{low:,} – {high:,}", count) for low, high, count in histogram(result.tokens)]
     labels = [(label[:60], count) for label, count in list(result.labels.items())[:MOST_LABELS]]
+    closing = html.escape(_closing(result).strip())
     return (f"<div><p><b>{_escaped(_title(result))}</b></p>{table}"
             f"<div style='display:flex;gap:3em;flex-wrap:wrap'>{_bars('Tokens of an example', lengths)}"
-            f"{_bars('Labels', labels)}</div><pre>{_escaped(_closing(result).strip(), '\n')}</pre></div>")
+            f"{_bars('Labels', labels)}</div><pre>{closing}</pre></div>")
 
 
 def _bars(title: str, bars: list[tuple[str, int]]) -> str:
@@ -138,5 +139,5 @@ def _bars(title: str, bars: list[tuple[str, int]]) -> str:
     return f"<table><caption>{title}</caption><tbody>{rows}</tbody></table>"
 
 
-def _escaped(text: str, line_end: str = "<br>") -> str:
-    return html.escape(text).replace("\n", line_end)
+def _escaped(text: str) -> str:
+    return html.escape(text).replace("\n", "<br>")

@@ -3,7 +3,6 @@
 Texts are kept as 64-bit hashes and sketches only, so that a million examples fit into memory.
 """
 
-import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -345,8 +344,3 @@ class TokenCounter:
             bare = tuple({"role": role, "content": "x"} for role in roles)
             self._added[roles] = tokens.count(tokens.render(bare, header=False)) - len(roles) * tokens.count("x")
         return contents, self._added[roles]
-
-
-def as_json(value: Any) -> str:
-    """A row as it is shown to people."""
-    return json.dumps(value, ensure_ascii=False)
