@@ -12,10 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from labkit import examples
+from labkit import examples, tokens
 from labkit.cli import main
 from labkit.errors import DataError
 from labkit.examples.prepare import Prepared, prepare
+from labkit.examples.report import histogram
+from labkit.examples.scan import TokenCounter
 from tests.conftest import jsonl
 from tests.test_assets import base_folder  # noqa: F401
 from tests.test_tokens import real_tokenizer  # noqa: F401
@@ -126,7 +128,7 @@ def test_each_finding_is_found_explained_and_mended(tmp_path: Path, code: str) -
 def test_places_name_file_line_and_field(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     rows = jsonl(pairs()).split(b"\n")
-    rows[1], rows[2], rows[3] = b'{"prompt": "x", "completion" " y"}', b'{"prompt": "\xe9", "completion": " y"}', b"7\x00"
+    rows[1:4] = b'{"prompt": "x", "completion" " y"}', b'{"prompt": "\xe9", "completion": " y"}', b"7\x00"
     file.write_bytes(b"\xef\xbb\xbf" + b"\n".join(rows))
     places = {finding.code: finding.places[0] for finding in prepare(file).findings if finding.places}
     assert places["invalid_json"] == (2, "column 30")
@@ -159,9 +161,9 @@ def test_the_same_rows_from_every_format(tmp_path: Path) -> None:
     for file in sorted(tmp_path.iterdir()):
         assert written(prepare(file, fix="all")) == rows, file.name
     text = tmp_path / "g.txt"
-    text.write_text("".join(f"line {i} of {i * i}.\n" for i in range(12)), "utf-8")
+    text.write_text("".join(f"{i} of {i * i}.\n" for i in range(12)), "utf-8")
     assert prepare(text).task == "open-ended"
-    assert written(prepare(text, fix="all"))[3] == {"prompt": "", "completion": " line 3 of 9."}
+    assert written(prepare(text, fix="all"))[3] == {"prompt": "", "completion": " 3 of 9."}
 
 
 def test_unknown_files_are_refused(tmp_path: Path) -> None:
@@ -227,7 +229,7 @@ def test_conversion_there_and_back(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(jsonl(pairs()))
     chat = prepare(file, fix="all", to="chat")
-    assert written(chat)[1] == {"messages": [{"role": "user", "content": pairs()[1]["prompt"].strip()},
+    assert written(chat)[1] == {"messages": [{"role": "user", "content": pairs()[1]["prompt"].removesuffix("\n\n###\n\n")},
                                              {"role": "assistant", "content": "hockey"}]}
     assert written(prepare(chat.outputs["train"], fix="all", to="completion")) == pairs()
 
@@ -292,14 +294,10 @@ def test_the_reports(tmp_path: Path) -> None:
     panel = result._repr_html_()
     assert "Tokens of an example" in panel and "Labels" in panel and "<b>hockey</b>" not in panel
     assert "label_spelling" in str(result) or "off_list" in str(result)
-    assert sum(count for *_, count in __import__("labkit.examples.report").examples.report.histogram(
-        result.tokens)) == result.examples
+    assert sum(count for *_, count in histogram(result.tokens)) == result.examples
 
 
 def test_tokens_are_those_of_the_whole_chat(tmp_path: Path) -> None:
-    from labkit import tokens
-    from labkit.examples.scan import TokenCounter
-
     rows = [*chats(3), *chat_of(("system", "Be brief."), ("user", " x"), ("assistant", "y"))[30:], *pairs(2)]
     parsed = [examples.parse(row) for row in rows]
     counted = list(TokenCounter(None)(parsed))  # type: ignore[arg-type]

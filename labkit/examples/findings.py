@@ -215,7 +215,7 @@ class Finder:
 
     def _lengths(self) -> None:
         limit, name = token_limit(self.model)
-        over = np.flatnonzero(self.scan.tokens > limit) if limit else []
+        over = np.flatnonzero(self.scan.tokens > (limit or np.inf))
         if len(over):
             self.add("over_token_limit", f"{len(over)} examples have more than {limit:,} tokens, the limit of {name}; "
                      f"the longest {int(self.scan.tokens.max()):,}.", len(over), self.at(over), fixable=True,
@@ -364,7 +364,8 @@ def spellings(counts: Counter[str], labels: list[str] | None) -> dict[str, str]:
         plain = "".join(sign for sign in label.casefold() if sign.isalnum()) or label
         if plain not in chosen:
             close = get_close_matches(plain, chosen, 1, 0.85) if len(plain) >= 5 and len(chosen) <= 100 else []
-            if not close or label in (labels or []) or 20 * counts[label] > counts[chosen[close[0]]]:
+            listed = bool(close) and chosen[close[0]] in (labels or [])
+            if not close or label in (labels or []) or not (listed or 20 * counts[label] <= counts[chosen[close[0]]]):
                 chosen[plain] = label
                 continue
             plain = close[0]

@@ -76,7 +76,8 @@ def prepare(file: str | Path, valid: str | Path | None = None, fix: str | list[s
     `split` is "random", "stratified", "grouped" or "time" (the last two `by` a column); `share` is
     the part held out (default: a fifth, at most 1,000). `to` converts to "chat" or "completion".
     `model` is whose tokens and limit count (default: the local base model); `labels` is the list
-    that answers must be on; `dry_run` writes nothing in any case. Raises `DataError` when a file or a setting cannot be used.
+    that answers must be on; `dry_run` writes nothing in any case. Raises `DataError` when a file or
+    a setting cannot be used.
     """
     if isinstance(fix, list | tuple) and (unknown := set(fix) - CATALOGUE.keys()):
         raise DataError(f"There is no fix named {', '.join(sorted(unknown))}. Fixes are named as their findings: "
@@ -267,7 +268,7 @@ def _rows(file: Path, fixes: list[Fix], everything: bool = False) -> Iterator[An
     from tqdm import tqdm
 
     stream: Iterator[Row | Gone] = mend.stream(file, fixes)
-    large = file.stat().st_size > SHOW_PROGRESS
+    large = file.is_file() and file.stat().st_size > SHOW_PROGRESS
     for entry in tqdm(stream, desc=file.name, unit=" rows", unit_scale=True, disable=None if large else True):
         if everything or not isinstance(entry, Gone):
             yield entry

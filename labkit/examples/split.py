@@ -45,7 +45,8 @@ def held_out(scan: Scan, method: str, by: str | None = None, share: float | None
 
 def _stratified(labels: np.ndarray, order: np.ndarray, wanted: int) -> np.ndarray:
     """Every k-th example of the shuffled examples in the order of their labels: each label gets its share."""
-    by_label = order[np.argsort(labels[order], kind="stable")]
+    _, first, codes = np.unique(labels, return_index=True, return_inverse=True)
+    by_label = order[np.argsort(first[codes[order]], kind="stable")]  # hashes differ from run to run, places do not
     return by_label[((np.arange(wanted) + 0.5) * len(labels) / wanted).astype(np.int64)]
 
 
