@@ -230,7 +230,9 @@ def test_conversion_there_and_back(tmp_path: Path) -> None:
     file.write_bytes(jsonl(pairs()))
     chat = prepare(file, fix="all", to="chat")
     asked = pairs()[1]["prompt"].removesuffix("\n\n###\n\n")
-    assert written(chat)[1]["messages"] == [{"role": "user", "content": asked}, {"role": "assistant", "content": "hockey"}]
+    asked = pairs()[1]["prompt"].removesuffix("\n\n###\n\n")
+    assert written(chat)[1] == {"messages": [{"role": "user", "content": asked},
+                                             {"role": "assistant", "content": "hockey"}]}
     assert written(prepare(chat.outputs["train"], fix="all", to="completion")) == pairs()
 
 
