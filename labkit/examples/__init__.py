@@ -1,8 +1,9 @@
 """Training files: read, checked, mended and split, for learners and for the service alike.
 
-`rows` knows what an example is and `check`s a file as the service does. `prepare` adds what only
-a person can decide: it reports on a whole file (`read`, `scan`, `findings`), offers `fixes`,
-`split`s, writes the result and shows a `report`; `command` is `labkit prepare`.
+`rows` knows what an example is and checks a file as the service does. `prepare` adds what only a
+person can decide: `formats` reads any file, `scan` passes over it once, `findings` says what that
+means in the words of `catalogue`, `fixes` mend, `split` holds out, `report` shows; `similar` finds
+near-duplicates and `privacy` secrets. `command` is `labkit prepare`.
 """
 
 from labkit.examples.rows import MAX_DEPTH as MAX_DEPTH

@@ -1,8 +1,4 @@
-"""What a scan means: findings, each with its place, why it matters and what to do.
-
-An "error" keeps the file from being trained on, a "warning" makes the result worse or its
-measurement untrue, "advice" is worth knowing. A finding's code is also the name of its fix.
-"""
+"""What a scan means: findings, each with its place, why it matters and what to do."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -11,92 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from labkit.examples.catalogue import CATALOGUE, LIMITS
 from labkit.examples.rows import MINIMUM
 from labkit.examples.scan import ENDINGS, SEPARATORS, Scan
 from labkit.examples.similar import near_pairs
-
-# The most tokens of an example by the beginning of a model's name; longer ones are cut at the end. Sources: OpenAI's
-# fine-tuning guide of 2023 (3.5) and of 2025 (4o, 4.1); the old tool for GPT-3; config.json of SmolLM2-135M-Instruct.
-LIMITS = {"gpt-4o": 65_536, "gpt-4.1": 65_536, "gpt-3.5": 4_096, "ada": 2_048, "babbage-002": 16_384,
-          "davinci-002": 16_384, "babbage": 2_048, "curie": 2_048, "davinci": 2_048, "smollm2": 8_192}
-# code: severity, why it matters, what to do
-CATALOGUE = {
-    "bom": ("warning", "Some readers take the mark for a part of the first line.", "Written without it."),
-    "utf16": ("warning", "Training files must be UTF-8.", "Written as UTF-8."),
-    "not_utf8": ("error", "The job would refuse the file.", "Read such lines as Windows-1252, and write UTF-8."),
-    "null_bytes": ("error", "The job would refuse the file; they often come from UTF-16.", "Remove them."),
-    "invalid_json": ("error", "The job would refuse the file.", "Set the lines aside."),
-    "invalid_row": ("error", "Cells would land in the wrong column.", "Set the rows aside."),
-    "not_an_object": ("error", "An example must be a JSON object.", "Set the lines aside."),
-    "missing_field": ("error", "An example needs a prompt and a completion, or messages.", "Set the lines aside."),
-    "column_case": ("error", "Names of columns must be lower case.", "Rename them."),
-    "not_text": ("error", "Only text can be trained on.", "Set the lines aside."),
-    "empty_completion": ("error", "There is nothing to learn.", "Set the lines aside."),
-    "no_assistant": ("error", "Only assistant messages are learned.", "Set the lines aside."),
-    "unknown_role": ("error", "The job would refuse the file.", "Set the lines aside."),
-    "weight": ("error", "The job would refuse the file.", "Set the lines aside."),
-    "malformed": ("error", "The job would refuse the file.", "Set the lines aside."),
-    "mixed_forms": ("error", "A job trains one form.", "Convert pairs into chats, and set pairs of answers aside."),
-    "no_examples": ("error", "There is nothing to train on.", "Give a file with examples."),
-    "too_few": ("error", f"A job needs at least {MINIMUM} examples to train on, and one to validate on.", "Add more."),
-    "hosted_only": ("error", "The local service trains neither tools nor preference pairs.",
-                    "Name the hosted model that is to be trained with --model."),
-    "equal_answers": ("warning", "A pair of equal answers prefers nothing.", "Make the answers differ."),
-    "few_examples": ("advice", "The old tool asked for a few hundred; each doubling helps about as much as the last.",
-                     "Add examples."),
-    "roles_order": ("warning", "The model will see another order when it is used.", "Order: system, user, assistant."),
-    "outer_whitespace": ("warning", "The model learns the whitespace around the answer.", "Strip the answers."),
-    "duplicates": ("warning", "Repeated examples weigh more, and leak from training into validation.",
-                   "Keep the first of each."),
-    "near_duplicates": ("warning", "They add little, and leak from training into validation.",
-                        "Keep the first of each."),
-    "conflicts": ("warning", "The same prompt with different completions teaches both.",
-                  "Keep each prompt's most frequent completion, if these are labels."),
-    "over_token_limit": ("warning", "Longer examples are cut at the end, and the answer is at the end.",
-                         "Set the examples aside."),
-    "long_examples": ("advice", "Over 10,000 characters; the old tool dropped such examples for GPT-3's 2,048 tokens.",
-                      "Look at the tokens, which are what counts."),
-    "prompt_case": ("warning", "Over a third of the letters are upper case; models do better on usual text.",
-                    "Lower the case."),
-    "completion_case": ("warning", "Over a third of the letters are upper case; models do better on usual text.",
-                        "Lower the case."),
-    "label_spelling": ("warning", "Each spelling is a label of its own to the model.",
-                       "Use the most frequent spelling."),
-    "off_list": ("warning", "A label outside the list is learned like any other.", "Set the examples aside."),
-    "imbalance": ("advice", "A rare label is learned badly, and accuracy hides it.",
-                  "Add examples of the rare labels; look at each label's recall."),
-    "prompt_separator": ("warning", "Without a fixed end of the prompt the model may go on writing the prompt.",
-                         "Add one."),
-    "separator_inside": ("warning", "The end of the prompt is ambiguous where it occurs inside.",
-                         "Use another separator."),
-    "long_separator": ("advice", "All prompts end alike in more than 10 characters, which cost tokens each time.",
-                       "Shorten what all prompts end with."),
-    "equal_prompts": ("warning", "All prompts are equal, so they tell the model nothing.",
-                      "Leave them empty, or let them differ."),
-    "equal_completions": ("warning", "All completions are equal, so there is nothing to tell apart.",
-                          "Add examples of other answers."),
-    "prompt_prefix": ("warning", "What all prompts begin with costs tokens and tells nothing.", "Remove it."),
-    "completion_prefix": ("warning", "What all completions begin with belongs into the prompt.", "Remove it."),
-    "completion_suffix": ("warning", "Without a fixed end the model does not know when to stop.", "Add one."),
-    "completion_space": ("warning", "Most tokens of words begin with a space.", "Add a space."),
-    "secret_keys": ("warning", "Whoever sees the file, or asks the model, can use the key.",
-                    "Replace by [KEY], and revoke the keys."),
-    "email_addresses": ("warning", "Personal data should not be uploaded.", "Replace by [EMAIL]."),
-    "card_numbers": ("warning", "Personal data should not be uploaded.", "Replace by [CARD]."),
-    "extra_columns": ("advice", "Training uses the form's own fields only.", "They are not written."),
-    "no_time": ("error", "A split by time needs a date or number on every row.", "Set the rows aside or fill them in."),
-    "no_validation": ("advice", "Without held-out examples the result cannot be measured.",
-                      "Split with --split, or give --valid."),
-    "overlap": ("warning", "The model has seen these validation examples; the score is too good.",
-                "Remove them from training."),
-    "near_overlap": ("warning", "The model has seen almost these validation examples; the score is too good.",
-                     "Remove them from training."),
-    "group_overlap": ("warning", "The model may know the group (an author's style, a signature) instead of the task.",
-                      "Split with --split grouped --by COLUMN."),
-}
-REPAIRS = ("not_utf8", "null_bytes", "bom")  # mended while reading
-SET_ASIDE = ("invalid_json", "invalid_row", "not_an_object", "missing_field", "not_text", "empty_completion",
-             "no_assistant", "unknown_role", "weight", "malformed")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from labkit.examples import privacy
-from labkit.examples.findings import REPAIRS, SET_ASIDE, Finding
+from labkit.examples.catalogue import REPAIRS, SET_ASIDE
+from labkit.examples.findings import Finding
 from labkit.examples.formats import read
 from labkit.examples.rows import Chat, Completion, Problem, recognise
 from labkit.examples.scan import KEYS, Row, renamed

@@ -14,7 +14,8 @@ import numpy as np
 from labkit import paths
 from labkit.errors import DataError
 from labkit.examples import fixes as mend
-from labkit.examples.findings import CATALOGUE, Finder, Finding, frequent, token_limit
+from labkit.examples.catalogue import CATALOGUE
+from labkit.examples.findings import Finder, Finding, frequent, token_limit
 from labkit.examples.fixes import Fix, Gone
 from labkit.examples.formats import dump, first_bytes_problem
 from labkit.examples.rows import MINIMUM
