@@ -27,6 +27,9 @@ CATALOGUE = {
     "unknown_role": ("error", "The job would refuse the file.", "Set the lines aside."),
     "weight": ("error", "The job would refuse the file.", "Set the lines aside."),
     "malformed": ("error", "The job would refuse the file.", "Set the lines aside."),
+    "too_long": ("error", "The job would refuse the file.", "Set the lines aside."),
+    "too_many": ("error", "The local service would refuse the file.",
+                 "Train on fewer, or name the hosted model that is to be trained with --model."),
     "mixed_forms": ("error", "A job trains one form.", "Convert pairs into chats, and set pairs of answers aside."),
     "no_examples": ("error", "There is nothing to train on.", "Give a file with examples."),
     "too_few": ("error", f"A job needs at least {MINIMUM} examples to train on, and one to validate on.", "Add more."),
@@ -87,4 +90,4 @@ CATALOGUE = {
 }
 REPAIRS = ("not_utf8", "null_bytes", "bom")  # mended while reading
 SET_ASIDE = ("invalid_json", "invalid_row", "not_an_object", "missing_field", "not_text", "empty_completion",
-             "no_assistant", "unknown_role", "weight", "malformed")
+             "no_assistant", "unknown_role", "weight", "malformed", "too_long")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from labkit.examples.catalogue import CATALOGUE, LIMITS
-from labkit.examples.rows import MINIMUM
+from labkit.examples.rows import MAX_LINES, MINIMUM
 from labkit.examples.scan import ENDINGS, SEPARATORS, Scan
 from labkit.examples.similar import near_pairs
 
@@ -234,6 +234,8 @@ class Finder:
             self.add("no_examples", "The file is empty.")
         elif self.scan.count < self.minimum:
             self.add("too_few", f"The file has {self.scan.count} example(s); the minimum is {self.minimum}.")
+        elif self.scan.count > MAX_LINES and (self.model is None or self.model.startswith("smollm2")):
+            self.add("too_many", f"The file has {self.scan.count:,} examples; the local service takes {MAX_LINES:,}.")
         elif self.scan.count < 100 and self.minimum > 1:
             self.add("few_examples", f"The file has {self.scan.count} examples.")
 

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from labkit.errors import DataError
-from labkit.examples.rows import BOM, Problem, decode
+from labkit.examples.rows import BOM, MAX_LINE, Problem, decode, nested_too_deep, too_deep, too_long
 
 Line = tuple[int, Any, str]  # number (1-based), decoded content or Problem, what stood there if it is a Problem
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".xlsx", ".txt")
@@ -79,7 +79,7 @@ def _jsonl(lines: Iterator[bytes], repair: frozenset[str]) -> Iterator[Line]:
     for number, raw in enumerate(lines, 1):
         if not raw.strip():
             continue
-        row = decode(raw, number)
+        row = too_long(number) if len(raw) > MAX_LINE else decode(raw, number)
         if isinstance(row, Problem) and row.kind in repair:
             raw = _repaired(raw, repair)
             row = decode(raw, number) if raw.strip() else Problem(
@@ -111,7 +111,9 @@ def _sound(row: Any, number: int) -> Any:
     for name, value in row.items():
         if isinstance(value, str) and not value.isascii() and any("\udc80" <= sign <= "\udcff" for sign in value):
             return Problem(number, str(name), "The text is not UTF-8.", "Save the file as UTF-8.", kind="not_utf8")
-    return row
+    if too_deep(row):
+        return nested_too_deep(number)
+    return too_long(number) if len(dump(row)) > MAX_LINE else row
 
 
 def _table(lines: Iterator[str], delimiter: str) -> Iterator[Line]:
