@@ -1,4 +1,4 @@
-"""The `labkit` command: serve, stop, keys, lab, progress, cost, doctor."""
+"""The `labkit` command: serve, stop, keys, lab, progress, prepare, cost, doctor."""
 
 import argparse
 import os
@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
                "  labkit serve           the local service, for notebooks and scripts of your own\n"
                "  labkit stop            end a service that a notebook started\n"
                "  labkit keys add alice  a key for another person\n"
+               "  labkit prepare FILE    check, mend and split a training file\n"
                "  labkit cost FILE       what training and using a model costs\n"
                "  labkit doctor          what is ready on this machine",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -69,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
                      help="where notebook, HTML, figures and results.json go (default: build/lab)")
 
     _command(commands, "progress", _progress, "show which exercises are done", "  labkit progress")
+
+    from labkit.examples import command as prepare
+
+    prepare.add_arguments(_command(commands, "prepare", prepare.run, "check, mend and split a training file",
+                                   prepare.EXAMPLES))
 
     cost = _command(commands, "cost", _cost, "tell what training on a file costs, and using the model, before paying",
                     "  labkit cost train.jsonl\n  labkit cost train.jsonl --model gpt-4o-mini --requests 100000\n"
