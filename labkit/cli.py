@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
              "  labkit doctor\n  labkit doctor > report.txt     exit code 1 if something has to be fixed")
 
     kit = _command(commands, "kit", _kit, "gather all that is needed to teach without network in one folder",
-                   "  labkit kit /media/usb/course      packages for this platform and this Python, model, data, course\n"
+                   "  labkit kit /media/usb/course      course, model, data, packages for this platform\n"
                    "  labkit kit kit --torch-index https://download.pytorch.org/whl/cpu    the small torch, on Linux\n"
                    "An interrupted run goes on where it was; run it again after a change to renew the kit.")
     kit.add_argument("folder", type=Path, metavar="DIR", help="the folder, made if it is not there")

@@ -159,8 +159,8 @@ def _build(wheels: Path, scratch: Path, what: list[str]) -> None:
     made = scratch / "made"
     done = _pip("wheel", "--find-links", str(wheels), "--wheel-dir", str(made), *what)
     if done.returncode:
-        raise AssetError(f"pip could not fetch all packages; its last words stand above. Connect this machine to the "
-                         f"internet and run `labkit kit {wheels.parent}` again: what pip has fetched stays in its cache.")
+        raise AssetError(f"pip could not fetch all packages; its last words stand above. Connect this machine to "
+                         f"the internet and run `labkit kit {wheels.parent}` again: pip's cache keeps what has come.")
     for wheel in made.glob("*.whl"):
         os.replace(wheel, wheels / wheel.name)
 
