@@ -42,10 +42,14 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(kit_folder: Path, target: Path, home: Path) -> subprocess.CompletedProcess[str]:
     """install.py as a learner starts it, with no package index and no settings of this machine."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PIP_") and name != "PYTHONPATH"}
-    clean |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1", "LABKIT_HOME": str(home)}
-    return subprocess.run([sys.executable, str(kit_folder / "install.py"), str(target)], env=clean, text=True,
-                          capture_output=True, check=False)
+    offline = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1", "LABKIT_HOME": str(home)}
+    return subprocess.run([sys.executable, str(kit_folder / "install.py"), str(target)], env=clean() | offline,
+                          text=True, capture_output=True, check=False)
+
+
+def clean() -> dict[str, str]:
+    """The environment without what leads Python or pip elsewhere."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PIP_") and name != "PYTHONPATH"}
 
 
 def test_a_kit_is_gathered_once_and_installs_with_no_network(
@@ -71,7 +75,8 @@ def test_a_kit_is_gathered_once_and_installs_with_no_network(
     assert done.returncode == 0, done.stdout + done.stderr
     python = target / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     code = "import labkit, platformdirs; print(labkit.__file__)"
-    found = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = subprocess.run([python, "-c", code], cwd=tmp_path, env=clean(), capture_output=True,
+                           text=True, check=True)
     assert Path(found.stdout.strip()) == target / "labkit" / "__init__.py"
     monkeypatch.setenv("LABKIT_HOME", str(home))
     assert assets.fault("gpt3-vocabulary") is None

@@ -67,7 +67,7 @@ test("fine-tuning: create, wait, events, checkpoints, result file", async () => 
   const checkpoints = await all(client.fineTuning.jobs.checkpoints.list(job.id));
   assert.deepEqual(checkpoints.map((checkpoint) => checkpoint.step_number), [15, 10, 5]);
   const results = await (await client.files.content(job.result_files[0])).text();
-  assert.match(Buffer.from(results, "base64").toString(), /^step,train_loss/); // base64, as OpenAI's are
+  assert.equal(results.trim().split("\n").length, 1 + 15); // a heading and the steps
   assert.ok((await all(client.fineTuning.jobs.list({ limit: 1 }))).some((listed) => listed.id === job.id));
 });
 
