@@ -62,6 +62,36 @@ WRONG: dict[str, list[Any]] = {
         lambda table, needed: min(  # right but for those level in tokens
             (name for name in table if table[name][0] >= needed), key=lambda name: table[name][1], default="none"),
     ],
+    "02.1": [
+        lambda price, tokens, epochs: price * tokens / 1e6,
+        lambda price, tokens, epochs: price * tokens * epochs / 1000,  # as if per 1,000
+        lambda price, tokens, epochs: round(price * tokens * epochs / 1e6),
+    ],
+    "02.2": [
+        lambda few, alone, base, tuned: alone < few,
+        lambda few, alone, base, tuned: tuned < base,
+        lambda few, alone, base, tuned: alone * tuned <= few * base,
+    ],
+    "02.3": [
+        lambda training, before, after: training / (before - after) if before > after else math.inf,
+        lambda training, before, after: math.ceil(training / before),
+        lambda training, before, after: math.ceil(training / abs(before - after)) if before != after else math.inf,
+        lambda training, before, after: training // (before - after) + 1 if before > after else math.inf,
+    ],
+    "02.4": [
+        lambda prompt, cached, output, *prices: (prompt * prices[0] + output * prices[2]) / 1e6,
+        lambda prompt, cached, output, *prices: (  # cached tokens on top
+            prompt * prices[0] + cached * prices[1] + output * prices[2]) / 1e6,
+        lambda prompt, cached, output, *prices: (  # short prompts cached as well
+            (prompt - cached) * prices[0] + cached * prices[1] + output * prices[2]) / 1e6,
+    ],
+    "02.5": [
+        lambda offers, prompt, per_day, days: min(  # whatever is switched off in between
+            offers, key=lambda name: offers[name][0] + offers[name][1] * prompt * per_day * days / 1e6),
+        lambda offers, prompt, per_day, days: min(
+            (name for name in offers if offers[name][2] >= days), key=lambda name: offers[name][0], default="none"),
+        lambda offers, prompt, per_day, days: max(offers, key=lambda name: offers[name][2]),
+    ],
     "07.1": [
         lambda answers, labels: sum(map(eq, answers, labels)) / sum(a is not None for a in answers),
         lambda answers, labels: (sum(map(eq, answers, labels)) + answers.count(None)) / len(labels),
