@@ -21,7 +21,7 @@ def training_usd(answer: Any) -> None:
              f"{tokens:,} tokens, {epochs} epochs and a price of {price}")
 
 
-@exercise("02.2", "Cheaper to use?", level=1, hints=(
+@exercise("02.2", "Cheaper to use", level=1, hints=(
     "What does each of the two requests cost? Tokens times the price of a token.",
     "Compare the two costs; neither the tokens nor the prices decide alone.",
     "return alone * tuned < few_shot * base, which is True or False by itself.",
@@ -71,7 +71,7 @@ def with_cache(answer: Any) -> None:
              case=f"a prompt of {prompt} tokens, {cached} cached, {output} of output, and the prices {prices}")
 
 
-@exercise("02.5", "Buy for how long?", level=3, hints=(
+@exercise("02.5", "How long it lives", level=3, hints=(
     "First leave out what does not live long enough: days_left must be at least days.",
     "An offer costs training + use * prompt * per_day * days / 1_000_000.",
     'min(costs, key=costs.get, default="none") names the cheapest of a dictionary {name: cost}.',
