@@ -92,6 +92,42 @@ WRONG: dict[str, list[Any]] = {
             (name for name in offers if offers[name][2] >= days), key=lambda name: offers[name][0], default="none"),
         lambda offers, prompt, per_day, days: max(offers, key=lambda name: offers[name][2]),
     ],
+    "03.1": [
+        lambda prompt, completion, separator: {"messages": [
+            {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]},
+        lambda prompt, completion, separator: {"messages": [  # also where it stands inside
+            {"role": "user", "content": prompt.replace(separator, "")},
+            {"role": "assistant", "content": completion.removeprefix(" ")}]},
+        lambda prompt, completion, separator: {"messages": [  # more than the one space
+            {"role": "user", "content": prompt.removesuffix(separator)},
+            {"role": "assistant", "content": completion.strip()}]},
+        lambda prompt, completion, separator: [prompt, completion],
+    ],
+    "03.2": [
+        lambda typed, labels: typed if typed in labels else "unknown",
+        lambda typed, labels: next((label for label in labels if label.lower() == typed.strip().lower()), "unknown"),
+        lambda typed, labels: typed.strip(" .").lower(),
+        lambda typed, labels: next((name for name in labels if typed.strip(" .").lower() in name.lower()), "unknown"),
+    ],
+    "03.3": [
+        lambda prompt, completion, end: prompt + completion + [end],
+        lambda prompt, completion, end: [-100] * len(prompt) + completion,
+        lambda prompt, completion, end: [-100] * len(prompt) + completion + [-100],
+        lambda prompt, completion, end: [-100] * (len(prompt) - 1) + completion + [end],
+    ],
+    "03.4": [
+        lambda lengths, size: max(lengths) * len(lengths) - sum(lengths),
+        lambda lengths, size: sum(
+            max(lengths[i:i + size]) * size - sum(lengths[i:i + size]) for i in range(0, len(lengths), size)),
+        lambda lengths, size: sum(max(lengths[i:i + size]) for i in range(0, len(lengths), size)) * size,
+    ],
+    "03.5": [
+        lambda authors, share: list(range(math.ceil(share * len(authors)))),  # posts, not authors
+        lambda authors, share: list(range(len(authors))),
+        lambda authors, share: [i for i, name in enumerate(authors) if name == max(authors, key=authors.count)][:1],
+        lambda authors, share: [  # everyone but the busiest
+            i for i, name in enumerate(authors) if name != max(authors, key=authors.count)],
+    ],
     "07.1": [
         lambda answers, labels: sum(map(eq, answers, labels)) / sum(a is not None for a in answers),
         lambda answers, labels: (sum(map(eq, answers, labels)) + answers.count(None)) / len(labels),

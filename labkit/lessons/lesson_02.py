@@ -84,6 +84,8 @@ def offer(answer: Any) -> None:
         lives = [days, *(random.randint(1, 2 * days) for _ in names[1:])]
         if trial % 4 == 0:
             lives = [random.randint(1, days - 1) for _ in names]
+        if trial % 4 == 1:  # the cheapest to train on is not the cheapest in all
+            prompt, per_day, days, lives = 400, 4000, 300, [300] * 4
         offers = {name: (round(random.uniform(1, 60), 2), round(random.uniform(0.1, 3), 2), life)
                   for name, life in zip(random.sample(names, 4), lives, strict=True)}
         costs = {name: training + use * prompt * per_day * days / 1e6
