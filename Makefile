@@ -1,6 +1,6 @@
 # make lab      fine-tune a real language model: the whole lab, headless        (results: build/lab/)
 # make course   open the course in JupyterLab
-# make test     every test: linters, pytest over tests/, nbval over the notebooks
+# make test     every test: linters, pytest over tests/, nbval over notebooks/solutions/
 # make slides   render the decks to HTML and PDF                               (build/slides/; needs Node.js)
 # make notebooks  for authors: derive the learners' notebooks from notebooks/solutions/
 # make bench    speed beside rival stacks, an hour in all; ROWS="train classify" for some (results: build/bench/)

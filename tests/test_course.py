@@ -4,18 +4,23 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
-from labkit import paths
+from labkit import assets, paths
+from labkit.client.connect import stop_service
 from labkit.lessons.exercises import exercises
+from tests import tiny
 
 NOTEBOOKS = paths.COURSE / "notebooks"
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
@@ -188,6 +193,38 @@ def test_slides_and_notebook_have_the_same_topics(path: Path) -> None:
     deck = list(dict.fromkeys(headings((paths.COURSE / "slides" / f"{path.stem}.md").read_text("utf-8"))))
     notebook = [heading for heading in headings(prose(read(path))) if heading[0] < 3]
     assert [h for h in deck if h[1] not in FRAME] == [h for h in notebook if h[1] not in FRAME]
+
+
+# Learner versions
+
+@pytest.fixture(scope="module")
+def learners_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A LABKIT_HOME with the fetched posts, and a service whose model has random weights."""
+    base, sources = assets.base_model(), [assets.posts().parents[1], assets.gpt3_vocabulary().parent]
+    home = tmp_path_factory.mktemp("learner") / "home"
+    for source in sources:
+        shutil.copytree(source, home / "assets" / source.name)
+    # The folder's name is the name under which the service offers the model: the course's own.
+    small = tiny.shrink(base, home / "smollm2-135m-instruct")
+    settings = {"LABKIT_HOME": str(home), "LABKIT_BASE_MODEL": str(small), "LABKIT_DTYPE": "float32"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        yield home
+        stop_service()
+
+
+@each_solution
+def test_the_learner_version_runs_untouched(path: Path, learners_home: Path) -> None:
+    """To its end, with exercises that nobody has attempted; nbval runs the solutions on the real model."""
+    notebook = nbformat.reads(build.learner_version(path), as_version=4)
+    work = learners_home.parent / path.stem
+    work.mkdir()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(work)}}).execute()
+    checks = [cell for cell in notebook.cells if cell.cell_type == "code" and "labkit.check(" in cell.source]
+    assert len(checks) == len(exercises(path.name[:2]))
+    for cell in checks:
+        assert "not attempted yet" in cell.outputs[0].data["text/plain"]
 
 
 # Links and the README

@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPTNeoConfig,
     LlamaConfig,
@@ -40,6 +42,19 @@ def make(folder: Path, kind: str = "llama", seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(_config(kind, len(tokenizer)), dtype=torch.float32)
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def shrink(model: Path, folder: Path) -> Path:
+    """Write a random two-layer Llama with the tokenizer of the model in `model`, and its context, into `folder`."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    real = AutoConfig.from_pretrained(model)
+    config = _config("llama", len(tokenizer))
+    for name in ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(real, name))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
