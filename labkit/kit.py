@@ -22,12 +22,9 @@ import tarfile
 import tempfile
 import time
 import urllib.parse
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name, parse_wheel_filename
 from tqdm import tqdm
 
 from labkit import assets, fetch, paths
@@ -130,9 +127,7 @@ def _fill_wheels(wheels: Path, course: Path, torch_index: str | None) -> None:
             torch = [line for line in wanted if torch_index and line.startswith("torch==")]
             for line in torch:
                 _build(wheels, scratch, ["--index-url", str(torch_index), line])
-            present = scratch / "present.txt"
-            present.write_text("".join(_present(wheels, wanted)), "utf-8")
-            _build(wheels, scratch, ["--constraint", str(present), "-r", str(listed)])
+            _build(wheels, scratch, ["-r", str(listed)])
             needed, said = _needed(wheels, listed)
         if needed is None:
             raise AssetError(f"The packages are fetched, but pip cannot install from them alone:\n{said}")
@@ -147,19 +142,6 @@ def _requirements(course: Path) -> list[str]:
     build = re.search(r"^requires = (\[.*?\])", (course / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
     assert build, "pyproject.toml names no build requirements"
     return [line for line in lines if line and line != "-e ."] + ast.literal_eval(build[1])
-
-
-def _present(wheels: Path, wanted: list[str]) -> list[str]:
-    """Constraints that make pip take the wheels that are here, which it would fetch again; not those of other versions.
-
-    Of two wheels of a package, one from an earlier time, neither is named.
-    """
-    asked = [Requirement(line) for line in wanted]
-    found = [(*parse_wheel_filename(wheel.name)[:2], wheel) for wheel in wheels.glob("*.whl")]
-    count = Counter(name for name, _, _ in found)
-    return [f"{name} @ {wheel.as_uri()}\n" for name, version, wheel in found if count[name] == 1 and all(
-        requirement.specifier.contains(version) for requirement in asked
-        if canonicalize_name(requirement.name) == name and (not requirement.marker or requirement.marker.evaluate()))]
 
 
 def _needed(wheels: Path, listed: Path) -> tuple[set[str] | None, str]:
