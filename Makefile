@@ -3,7 +3,7 @@
 # make test     every test: linters, pytest over tests/, nbval over the notebooks
 # make slides   render the decks to HTML and PDF                               (build/slides/; needs Node.js)
 # make notebooks  for authors: derive the learners' notebooks from notebooks/solutions/
-# make bench    print what training and classifying cost on this machine
+# make bench    speed beside rival stacks, an hour in all; ROWS="train classify" for some (results: build/bench/)
 #
 # PYTHON=python3.12          another Python (3.10 or newer)
 # TORCH_INDEX=URL            where to take torch from, for the small CPU build on Linux; see README.md
@@ -36,7 +36,7 @@ notebooks: $(INSTALLED)
 	$(BIN)/python notebooks/build.py
 
 bench: $(INSTALLED)
-	$(BIN)/python tests/bench.py
+	$(BIN)/python -m tests.bench $(ROWS)
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('labkit needs Python 3.10 or newer, this is %s. Name another: make PYTHON=python3.12' % sys.version.split()[0])"

@@ -1,7 +1,8 @@
-"""The `labkit` command: serve, stop, lab, progress, cost, doctor."""
+"""The `labkit` command: serve, stop, keys, lab, progress, cost, doctor."""
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n  labkit lab             the whole lab, headless\n"
                "  labkit serve           the local service, for notebooks and scripts of your own\n"
                "  labkit stop            end a service that a notebook started\n"
+               "  labkit keys add alice  a key for another person\n"
                "  labkit cost FILE       what training and using a model costs\n"
                "  labkit doctor          what is ready on this machine",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -40,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = _command(commands, "serve", _serve, "run the local service",
                      "  labkit serve\n  labkit serve --port 0          any free port\n"
+                     "  labkit serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem   for a whole room\n"
                      "  labkit serve --base-model ./gpt2   another model, in Hugging Face's format")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     serve.add_argument("--port", type=int, default=PORT, help=f"port (default: {PORT}; 0: any free one)")
@@ -47,7 +50,18 @@ def _parser() -> argparse.ArgumentParser:
                        help="a causal LM that transformers can load (default: SmolLM2-135M-Instruct)")
     serve.add_argument("--idle-exit", type=float, metavar="MINUTES", help="end after so long without work")
 
+    serve.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate (PEM), to be reached over https")
+    serve.add_argument("--tls-key", type=Path, metavar="FILE", help="the certificate's private key (PEM)")
+    serve.add_argument("--insecure", action="store_true",
+                       help="let other machines in without TLS; anyone on the network can read along")
+    serve.add_argument("--allow-host", action="append", default=[], metavar="NAME",
+                       help="another name that clients call this machine by; may be repeated")
+    serve.add_argument("--allow-origin", action="append", default=[], metavar="URL",
+                       help="web pages that may call the service from a browser; may be repeated")
+
     _command(commands, "stop", _stop, "end the running local service", "  labkit stop")
+
+    _keys_parser(commands)
 
     lab = _command(commands, "lab", _lab, "run the lab notebook headless and print its results",
                    "  labkit lab\n  labkit lab --out my-results")
@@ -72,6 +86,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _keys_parser(commands) -> None:  # type: ignore[no-untyped-def]
+    keys = _command(commands, "keys", _keys, "add, list and revoke keys, one for each person",
+                    "  labkit keys add alice\n  labkit keys add bob --jobs 2 --bytes 500MB --requests-per-minute 600\n"
+                    "  labkit keys list\n  labkit keys revoke bob")
+    actions = keys.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add = actions.add_parser("add", help="make a key and print it, this once")
+    add.add_argument("name", metavar="NAME", help="whose key it is; files, jobs and models belong to this name")
+    add.add_argument("--jobs", type=_count, metavar="N", help="unfinished jobs at a time (default: any number)")
+    add.add_argument("--bytes", type=_size, metavar="SIZE", help="size of all files, such as 500MB (default: any)")
+    add.add_argument("--requests-per-minute", type=_count, metavar="N", help="(default: any number)")
+    actions.add_parser("list", help="show the keys' names, what they use and what they may use")
+    revoke = actions.add_parser("revoke", help="make a key worthless at once, pause its jobs, end its batches")
+    revoke.add_argument("name", metavar="NAME")
+
+
 def _command(commands, name, run, help, examples):  # type: ignore[no-untyped-def]
     command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".",
                                   epilog=f"examples:\n{examples}",
@@ -84,10 +113,14 @@ def _serve(parsed: argparse.Namespace) -> int:
     from labkit import assets, paths
     from labkit.service.run import BASE_NAME, serve
 
+    if (parsed.tls_cert is None) != (parsed.tls_key is None):
+        raise LabkitError("--tls-cert and --tls-key belong together. Give both, or neither.")
+    tls = (parsed.tls_cert, parsed.tls_key) if parsed.tls_cert else None
     base = parsed.base_model or assets.base_model()
     own = parsed.base_model is None and "LABKIT_BASE_MODEL" not in os.environ
     return serve(parsed.host, parsed.port, paths.home(), base, BASE_NAME if own else base.resolve().name.lower(),
-                 idle_exit=None if parsed.idle_exit is None else parsed.idle_exit * 60)
+                 idle_exit=None if parsed.idle_exit is None else parsed.idle_exit * 60, tls=tls,
+                 insecure=parsed.insecure, names=parsed.allow_host, origins=parsed.allow_origin)
 
 
 def _stop(parsed: argparse.Namespace) -> int:
@@ -95,6 +128,39 @@ def _stop(parsed: argparse.Namespace) -> int:
 
     print("Stopped." if stop_service() else "No local service is running.")
     return 0
+
+
+def _keys(parsed: argparse.Namespace) -> int:
+    """Works on the home folder's database, whether or not the service is running."""
+    from labkit import paths
+    from labkit.service import keys
+    from labkit.service.store import Store
+
+    store = Store(paths.home())
+    if parsed.action == "add":
+        key = keys.add(store, parsed.name, parsed.jobs, parsed.bytes, parsed.requests_per_minute)
+        print(f"The key of {parsed.name}. It is shown this once and cannot be looked up:\n{key}")
+    elif parsed.action == "revoke":
+        paused = keys.revoke(store, parsed.name)
+        print(f"The key of {parsed.name} is revoked, and {paused} of its jobs paused; batches end. "
+              f"What it owns stays, and labkit keys add {parsed.name} makes a new key for it.")
+    else:
+        print(keys.table(store))
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    """Bytes; KB, MB and GB are powers of 1,024."""
+    found = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.upper())
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500MB, 2GB or a number of bytes")
+    return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]]
 
 
 def _lab(parsed: argparse.Namespace) -> int:

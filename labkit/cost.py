@@ -58,7 +58,7 @@ def _show(table: "pd.DataFrame", local: dict[str, Any], requests: int) -> None:
     shown["base ends"] = [str(day or "-") for day in _or_none(shown["base ends"])]
     print(shown.to_string(index=False))
     for model, who in table.dropna(subset=["who"])[["model", "who"]].itertuples(index=False):
-        print(f"{model}: {who} can start a job" if who != "no fine-tuning" else f"{model}: cannot be fine-tuned")
+        print(f"{model}: a job can be started by {who}")
     for note in dict.fromkeys(table.note[table.note != ""]):
         print(f"unknown: {note}")
     if local["seconds"] is None:

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 MINIMUM = 10  # examples; OpenAI refuses a job with fewer
+MAX_LINE = 1 << 20  # bytes; the 65,536 tokens that OpenAI takes of an example are about a quarter of that in English
+MAX_LINES = 100_000
+MAX_DEPTH = 64  # lists and objects within each other
 ROLES = ("system", "developer", "user", "assistant")
 
 
@@ -115,11 +118,22 @@ def _rows(source: Path | str | bytes | Iterable[dict[str, Any]]) -> Iterator[tup
         yield from enumerate(source, 1)
         return
     for number, raw in enumerate(_lines(source), 1):
+        if number > MAX_LINES:
+            yield number, Problem(0, "", f"The file has more than {MAX_LINES:,} lines.", "Train on fewer examples.")
+            return
+        if len(raw) > MAX_LINE:  # no further: it is only the beginning of the line
+            yield number, Problem(number, "", f"The line is longer than {MAX_LINE:,} bytes.",
+                                  "Write one example a line, and shorten this one.")
+            return
         raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
         if not raw.strip():
             continue
         try:
-            yield number, json.loads(raw.decode())
+            row = json.loads(raw.decode())
+            yield number, Problem(
+                number, "", f"The line is nested more than {MAX_DEPTH} levels deep.",
+                "Write one flat JSON object, such as {\"prompt\": \"…\", \"completion\": \" …\"}.",
+            ) if too_deep(row) else row
         except UnicodeDecodeError as error:
             yield number, Problem(
                 number, f"byte {error.start + 1}", "The line is not UTF-8 text.", "Save the file as UTF-8.")
@@ -131,9 +145,21 @@ def _rows(source: Path | str | bytes | Iterable[dict[str, Any]]) -> Iterator[tup
 
 
 def _lines(source: Path | str | bytes) -> Iterator[bytes]:
-    """A file's lines, one at a time: it may be larger than memory."""
+    """A file's lines, one at a time: it may be larger than memory. Of a line beyond `MAX_LINE` comes the beginning."""
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as handle:
-        yield from handle
+        while line := handle.readline(MAX_LINE + 1):
+            yield line
+
+
+def too_deep(value: Any) -> bool:
+    """Whether lists and objects stand within each other more than `MAX_DEPTH` deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for item in level if isinstance(item, dict | list)
+                 for child in (item.values() if isinstance(item, dict) else item) if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def auto_epochs(examples: int) -> int:

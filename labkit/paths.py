@@ -21,7 +21,7 @@ def home() -> Path:
     """The labkit folder: `LABKIT_HOME` when set, else the per-user data folder. Created on use."""
     chosen = os.environ.get("LABKIT_HOME")
     folder = Path(chosen).expanduser() if chosen else Path(platformdirs.user_data_dir("labkit", False))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the training files in it are nobody else's business
     return folder.resolve()
 
 
@@ -44,15 +44,23 @@ def replacing(target: Path, durable: bool = True) -> Iterator[Path]:
     try:
         yield temporary
         if durable:
-            with open(temporary, "rb+") as handle:
-                os.fsync(handle.fileno())
+            sync(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with open(path, "rb+") as handle:
+        os.fsync(handle.fileno())
+
+
 def write_bytes(target: Path, content: bytes, private: bool = False) -> None:
-    """Write `content` to `target` atomically; `private` lets only the owner read it (0600)."""
+    """Write `content` to `target` atomically; `private` lets only the owner read it (0600).
+
+    Windows has no such bits: a file has the rights of its folder, and the user's data folder is the user's own.
+    """
     with replacing(target) as temporary:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         with os.fdopen(os.open(temporary, flags, 0o600 if private else 0o644), "wb") as handle:

@@ -275,7 +275,7 @@ def _approaches(model: str, file: FileTokens, on: Day, epochs: int, requests: in
             model, p, file.completion, batch=True, **e))
         if approach == "fine-tuned":
             row["training_usd"] = _known(row, lambda: training_cost(model, file.tokens, epochs, on))
-            row["who"] = open_to.who if open_to else "nobody" if tunes(model) else "no fine-tuning"
+            row["who"] = open_to.who if open_to else "nobody"
             costs = (row["training_usd"], rows[-1]["usd_per_1000"] / 1000, row["usd_per_1000"] / 1000)
             row["break_even"] = None if any(map(math.isnan, costs)) else break_even(*costs)
         row["total_usd"] = row["training_usd"] + row["usd_per_1000"] * requests / 1000

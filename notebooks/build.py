@@ -30,7 +30,6 @@ def learner_version(solution: Path) -> str:
     for step in GenerateAssignment().preprocessors:
         if step is not SaveCells:
             notebook, _ = step(config=config).preprocess(notebook, {})
-    notebook.metadata.pop("seconds", None)
     return nbformat.writes(notebook) + "\n"
 
 
@@ -38,7 +37,7 @@ def execute(solution: Path) -> None:
     """Run a solution from a fresh kernel, and store it with its outputs and the seconds that it took."""
     notebook = nbformat.read(solution, as_version=4)
     begin = time.monotonic()
-    NotebookClient(notebook, timeout=1800, kernel_name="python3", record_timing=False,
+    NotebookClient(notebook, timeout=1800, kernel_name="python3", record_timing=False, coalesce_streams=True,
                    resources={"metadata": {"path": str(solution.parent)}},
                    extra_arguments=["--IPKernelApp.log_level=40"]).execute()
     clean(notebook)

@@ -26,7 +26,10 @@ def marp() -> list[str]:
                  "(Debian: apt install nodejs npm). The decks in slides/ are plain Markdown and need no rendering.")
     if not script.exists():
         print("Fetching Marp into build/marp/ (once, about 140 MB) …", flush=True)
-        if subprocess.run([npm, "install", "--silent", "--prefix", str(BUILD / "marp"), MARP]).returncode:
+        install = [npm, "install", "--silent", "--fetch-retries=1", "--prefix", str(BUILD / "marp"), MARP]
+        try:
+            subprocess.run(install, check=True, timeout=600)  # seconds; without network npm may wait for ever
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
             sys.exit("npm could not fetch Marp. On a machine without network, copy build/marp from one that has it.")
     return [node, str(script)]
 

@@ -70,18 +70,21 @@ class RunningService:
 
     def start(self) -> None:
         """Start the process and wait until it has printed where it answers."""
-        environment = os.environ | self.settings | {"PYTHONPATH": str(paths.COURSE)}
+        environment = os.environ | self.settings | {"PYTHONPATH": str(paths.COURSE), "LABKIT_HOME": str(self.home)}
         with open(self.log_file, "ab") as log:
-            warm = "warm" if self.warm else "cold"
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", START, str(self.home), str(self.base), BASE_NAME, warm],
-                stdout=subprocess.PIPE, stderr=log, env=environment, text=True)
+            self.process = subprocess.Popen(self.command(), stdout=subprocess.PIPE, stderr=log, env=environment,
+                                            text=True)
         assert self.process.stdout is not None
         printed = [self.process.stdout.readline() for _ in range(3)]
         said = dict(line.split(" ", 1)[1].strip().split("=", 1) for line in printed[1:] if "=" in line)
         assert said, self.log_file.read_text()
         self.url, self.key = said["OPENAI_BASE_URL"], said["OPENAI_API_KEY"]
         self.client = openai.OpenAI(base_url=self.url, api_key=self.key, max_retries=0, timeout=30)
+
+    def command(self) -> list[str]:
+        """What is started; it prints three lines when it is ready."""
+        warm = "warm" if self.warm else "cold"
+        return [sys.executable, "-c", START, str(self.home), str(self.base), BASE_NAME, warm]
 
     def kill(self) -> None:
         """End the process as a power cut would."""

@@ -19,7 +19,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from labkit import assets, paths
+from labkit import assets, fetch, paths
 from labkit.engine import model
 from labkit.errors import AssetError
 from tests import tiny
@@ -241,7 +241,7 @@ def test_interrupt_leaves_nothing_half(home: Path) -> None:
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """A local server that speaks as much of the hub's API as is used, and the folder it serves."""
-    pin = assets._pins("base-model")["sources"]["hub"]
+    pin = fetch.pins("base-model")["sources"]["hub"]
     folder = tmp_path / "site" / pin["name"] / "resolve" / pin["version"]
     folder.mkdir(parents=True)
     tiny.make(folder)

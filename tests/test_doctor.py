@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import labkit
-from labkit import assets, checkup, paths, pricing
+from labkit import assets, checkup, fetch, paths, pricing
 from labkit.checkup import Line
 from tests.conftest import RunningService
 
@@ -50,7 +50,7 @@ def test_a_damaged_asset_and_a_missing_network_are_told(tmp_path: Path, monkeypa
     monkeypatch.setenv("LABKIT_HOME", str(tmp_path))
     assert assets.fault("posts") == "is not fetched yet"
     folder = paths.within_home("assets", "posts", "20newsgroups")
-    recipe = assets._pins("posts")["recipe"]
+    recipe = fetch.pins("posts")["recipe"]
     (folder / "manifest.json").write_text(f'{{"recipe": {recipe}, "files": {{"posts.jsonl": "0"}}}}')
     (folder / "posts.jsonl").write_text("other")
     assert assets.fault("posts") == "has a damaged posts.jsonl"

@@ -179,7 +179,7 @@ def test_the_command_prints_a_table_or_json_alone(tmp_path: Path) -> None:
     assert told.returncode == 0 and report["local"]["usd"] > 0 and report["local"]["watts"] == pricing.WATTS
     assert {row["model"] for row in report["rows"]} == {*pricing.tunable("2026-11-22"), "gpt-6-luna"}
     shown = run(str(file), "--model", "gpt-4o", "--date", "2026-11-22")
-    assert shown.returncode == 0 and "unknown" in shown.stdout and "can start a job" in shown.stdout
+    assert shown.returncode == 0 and "unknown" in shown.stdout and "a job can be started by" in shown.stdout
     for wrong in ((str(file), "--model", "gpt-9"), ("nowhere.jsonl",), (str(file), "--date", "today")):
         failed = run(*wrong)
         assert failed.returncode == 1 and failed.stderr.startswith("labkit cost:") and not failed.stdout

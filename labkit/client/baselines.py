@@ -18,11 +18,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 
+from labkit import pricing, tokens
 from labkit.client.classify import classify
 from labkit.client.evaluate import paired, share
 from labkit.client.progress import Progress, each
 from labkit.client.runs import digest, host, keep, kept, record
-from labkit.errors import DataError
+from labkit.errors import DataError, PriceError
 
 CHUNK = 64  # texts between two saves
 ALONE = 5  # texts sent one at a time to measure latency
@@ -144,13 +145,15 @@ def embedded(client: openai.OpenAI, model: str) -> Pipeline:
 
 
 def ladder(rungs: Mapping[str, Any], train: pd.DataFrame,
-           test: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+           test: pd.DataFrame, price_model: str | None = None) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """Measure all rungs on the same posts; returns the table and each rung's answers by its name.
 
     `rungs` are scikit-learn classifiers and `Prompted` models under the names to show; `train`
     and `test` have the columns `text` and `label`. The table has one row a rung: `accuracy` with
     its interval `low` to `high`, `off_label` (share of answers that are no label),
-    `prompt_tokens` a request, `latency_ms` of a single text. Requests are kept as they are
+    `prompt_tokens` a request, `latency_ms` of a single text, and with a `price_model` such as
+    "gpt-4o-mini-2024-07-18" `usd_per_1000`, what a thousand such requests cost today at its
+    provider (NaN for rungs that send none, and where the price is not known). Requests are kept as they are
     answered, so that a second call, or one after an interruption, asks only what is missing.
     Every rung is recorded for `labkit.runs()`. A notebook shows the table, `plots.ladder` of it,
     and `labkit.compare(test.label, answers)` for which differences are real.
@@ -173,6 +176,8 @@ def ladder(rungs: Mapping[str, Any], train: pd.DataFrame,
             told(0)
             answers[name], seconds = _climb(rung, train, test, labels, told)
             rows[name] = _measured(test["label"], answers[name], seconds)
+            if price_model is not None:
+                rows[name]["usd_per_1000"] = _usd_per_1000(rung, test["text"].tolist(), price_model)
             model = {"model": rung.model} if isinstance(rung, Prompted) else {}
             record("ladder", digest("ladder", name, model, data, answers[name]["label"].tolist()), name=name, data=data,
                    examples=len(train), posts=len(test), **model, **rows[name])
@@ -202,9 +207,22 @@ def _climb(rung: Any, train: pd.DataFrame, test: pd.DataFrame, labels: list[str]
     return answers, float(np.median(alone))
 
 
+def _usd_per_1000(rung: Any, texts: list[str], price_model: str) -> float:
+    """With the provider's own tokens, one of them as the answer; NaN where there is no price."""
+    if not isinstance(rung, Prompted):
+        return float("nan")
+    prompts = [prompt if isinstance(prompt, str) else "".join(turn["content"] for turn in prompt)
+               for prompt in map(rung.prompt, texts)]
+    mean = float(np.mean(tokens.count_many(prompts, price_model)))
+    try:
+        return 1000 * pricing.request_cost(price_model, mean, 1, fine_tuned=rung.model.startswith("ft:"))
+    except PriceError:
+        return float("nan")
+
+
 def _measured(truth: pd.Series, answers: pd.DataFrame, seconds: float) -> dict[str, float]:
     right, table = paired(truth, answers)
     accuracy, low, high = share(table["label"].to_numpy() == right)
-    tokens = float(table["prompt_tokens"].mean()) if "prompt_tokens" in table else float("nan")
+    length = float(table["prompt_tokens"].mean()) if "prompt_tokens" in table else float("nan")
     return {"accuracy": accuracy, "low": low, "high": high, "off_label": float(table["label"].isna().mean()),
-            "prompt_tokens": tokens, "latency_ms": 1000 * seconds}
+            "prompt_tokens": length, "latency_ms": 1000 * seconds}

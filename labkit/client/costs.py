@@ -23,10 +23,10 @@ def plot_costs(table: pd.DataFrame, axes: Axes, requests: int | None = None) -> 
         cost = row.training_usd + row.usd_per_1000 / 1000 * volumes
         axes.plot(volumes, cost, LINES[row.approach], color=colours[row.model], label=f"{row.model}, {row.approach}")
         if pd.notna(row.break_even) and row.break_even <= most:
-            axes.plot(row.break_even, row.training_usd + row.usd_per_1000 / 1000 * row.break_even, "x",
-                      color=colours[row.model], markersize=9, markeredgewidth=2)
-            axes.annotate(f"{row.break_even:,} requests", (row.break_even, row.training_usd),
-                          textcoords="offset points", xytext=(5, 8), fontsize="small")
+            place = (row.break_even, row.training_usd + row.usd_per_1000 / 1000 * row.break_even)
+            axes.plot(*place, "x", color=colours[row.model], markersize=9, markeredgewidth=2)
+            axes.annotate(f"{row.break_even:,} requests", place, textcoords="offset points", xytext=(-6, 9),
+                          ha="right", fontsize="small")
     left_out = sorted({f"{row.model}, {row.approach}" for row in table[table.total_usd.isna()].itertuples()})
     below = f"\nprice not known: {'; '.join(left_out)}" if left_out else ""
     axes.set(xscale="log", yscale="log", xlabel=f"requests{below}", ylabel="total cost (USD)",

@@ -17,7 +17,7 @@ import pandas as pd
 from openai.types.fine_tuning import FineTuningJob
 from scipy import stats
 
-from labkit import examples, tokens
+from labkit import examples, pricing, tokens
 from labkit.client.classify import classify
 from labkit.client.evaluate import paired, share
 from labkit.client.jobs import ENDED, metrics
@@ -39,7 +39,7 @@ Tables: TypeAlias = "pd.DataFrame | Mapping[str, pd.DataFrame]"
 def plan(
     train: Tables, valid: pd.DataFrame, *, sizes: Sequence[int] | None = None, seeds: Sequence[int] = (1,),
     n_epochs: Sequence[int | str] = ("auto",), learning_rate_multiplier: Sequence[float | str] = ("auto",),
-    batch_size: Sequence[int | str] = ("auto",), rank: Sequence[int | None] = (None,),
+    batch_size: Sequence[int | str] = ("auto",), rank: Sequence[int | None] = (None,), price_model: str | None = None,
 ) -> pd.DataFrame:
     """Every combination as a row, with the `tokens` it trains on and the `seconds` it may take on this machine.
 
@@ -47,8 +47,9 @@ def plan(
     name compare data instead of settings (labels mended, classes balanced, examples added).
     `sizes` are numbers of training examples, drawn by seed and each contained in the next larger
     one; None takes all. `seconds` counts a prompt's first reading once, since repeated jobs reuse
-    the prompt cache, and is scaled by what earlier runs took. A notebook shows the plan and
-    `plan.seconds.sum()` before it runs anything. Raises `DataError`.
+    the prompt cache, and is scaled by what earlier runs took. With a `price_model` the column
+    `usd` tells what the job would cost at its provider today, with the local model's tokens. A
+    notebook shows the plan and `plan.seconds.sum()` before it runs anything. Raises `DataError`, `PriceError`.
     """
     tables = _named(train)
     _check({**tables, "validation": valid})
@@ -69,6 +70,8 @@ def plan(
                          "tokens": round(size * lengths[name] * epochs),
                          "seconds": START_SECONDS + fresh / READ_TOKENS + EXAMPLE_SECONDS * size * epochs})
     table = pd.DataFrame(rows)
+    if price_model is not None:
+        table["usd"] = [pricing.training_cost(price_model, count) for count in table["tokens"]]
     table.attrs["pace"] = _pace()
     table["seconds"] = (table["seconds"] * table.attrs["pace"]).round(1)
     return table
@@ -79,12 +82,13 @@ def sweep(client: openai.OpenAI, planned: pd.DataFrame, train: Tables, valid: pd
     """Run a plan as fine-tuning jobs; one row each, in the plan's order, with what it reached on `valid`.
 
     Beside the settings: `status`, `job`, `model`, `train_loss` (mean of the last epoch),
-    `valid_loss` (nats a completion token, whole validation file), `seconds`, and with `labels`
-    `accuracy` with its interval `low` to `high` and `off_label`. Each finished row is recorded
-    for `labkit.runs()`. Interrupt it, restart the kernel, run the cell again: what is recorded
-    is not repeated, and jobs under way are found again. A job that fails, as with too
-    high a learning rate, becomes a row with its `error`. Choose on `valid`, then measure the
-    chosen model on test posts once. Raises `DataError` for unusable tables, and the SDK's errors.
+    `valid_loss` (nats a completion token, whole validation file), `seconds` (NaN for a job that
+    an earlier call had begun), and with `labels` `accuracy` with its interval `low` to `high` and
+    `off_label`. Each finished row is recorded for `labkit.runs()`. Interrupt it, restart the
+    kernel, run the cell again: what is recorded is not repeated, and jobs under way are found
+    again. A job that fails, as with too high a learning rate, becomes a row with its `error`.
+    Choose on `valid`, then measure the chosen model on test posts once. Raises `DataError`
+    for unusable tables, and the SDK's errors.
     """
     tables = _named(train)
     _check({**tables, "validation": valid})
@@ -143,6 +147,7 @@ class _Run:
     planned: float
     found: dict[str, Any] | None = None
     job: str = ""
+    made_here: bool = False  # not found again: its time may hold a stop of the service or a sleeping laptop
 
     @staticmethod
     def of(client: openai.OpenAI, row: dict[str, Any], tables: dict[str, pd.DataFrame], valid: pd.DataFrame,
@@ -170,6 +175,7 @@ class _Run:
                 return self
         hyperparameters = {name: self.settings[name] for name in SETTINGS[:3]}
         extra = {"labkit": {"rank": self.settings["rank"]}} if self.settings["rank"] else None
+        self.made_here = True
         self.job = client.fine_tuning.jobs.create(
             model=base, training_file=_upload(client, self.rows, files), validation_file=_upload(client, valid, files),
             seed=self.settings["seed"], metadata={TAG: self.tag}, suffix="sweep", extra_body=extra,
@@ -190,8 +196,8 @@ class _Run:
             table = metrics(job, client)
             result["train_loss"] = float(table["train_loss"].tail(max(1, len(table) // epochs)).mean())
             result["valid_loss"] = float(checkpoints(job, client)["valid_loss"].iloc[-1])
-            result |= {"tokens": job.trained_tokens, "seconds": _training_seconds(client, job),
-                       "planned": self.planned / pace}
+            result |= {"tokens": job.trained_tokens, "planned": self.planned / pace,
+                       "seconds": _training_seconds(client, job) if self.made_here else None}
             if labels:
                 answers = classify(client, job.fine_tuned_model, valid["prompt"].tolist(), labels, progress=False)
                 truth, answers = paired(valid["completion"].str.strip(), answers)
@@ -278,7 +284,7 @@ def _check(tables: Mapping[str, pd.DataFrame]) -> None:
 
 
 def _tokens(table: pd.DataFrame) -> pd.Series:
-    return (table["prompt"] + table["completion"]).map(tokens.count)
+    return pd.Series(tokens.count_many(table["prompt"] + table["completion"]))
 
 
 def _plain(value: Any) -> Any:

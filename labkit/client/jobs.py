@@ -95,6 +95,8 @@ def _progress(job: FineTuningJob, events: list[Any]) -> tuple[float, str]:
     """How far the job is, from 0 to 1, and its latest message."""
     if job.status == "succeeded":
         return 1.0, f"model {job.fine_tuned_model}"
+    if job.status == "queued" and events:
+        return 0.0, events[-1].message  # the service of this course tells the place in the queue
     for event in reversed(events):
         if found := re.match(r"Step (\d+)/(\d+)", event.message):
             return int(found[1]) / int(found[2]), event.message

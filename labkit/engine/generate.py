@@ -28,6 +28,7 @@ MAX_ROWS = 32  # sequences that run at a time
 MAX_TOKENS = 32_768  # of all of them together, prompt and answer: 750 MB for SmolLM2-135M
 GROWTH = 32  # tokens by which a batch's buffer grows
 PIECE = 256  # tokens scored at a time: logits for more would take too much memory
+COLDEST = 1e-6  # a smaller temperature would make infinities of the logits
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Sequence:
         if request.temperature == 0:
             choice = int(logits.argmax())
         else:
-            choice = _sample(logits / request.temperature, request.top_p, self._chance)
+            choice = _sample(logits / max(request.temperature, COLDEST), request.top_p, self._chance)
         top: list[tuple[int, float]] = []
         if request.top_logprobs:
             best = logprobs.topk(min(request.top_logprobs, len(logprobs)))

@@ -7,6 +7,7 @@
     schemas.py     request bodies: what is offered, what is refused by name
     objects.py     the SDK's own types as the shape of all that is stored and answered
     store.py       SQLite and blobs under one home folder
+    keys.py        several keys, whose request it is, what each owner may use
     paging.py      after, limit, order
     files.py       /v1/files
     uploads.py     /v1/uploads: large files in parts
@@ -20,6 +21,7 @@
     inference.py   /v1/completions and /v1/chat/completions
     answers.py     the engine's sequences as the SDK's answers and chunks
     scheduler.py   the one thread that owns the model and batches requests
+    queue.py       in which order jobs are taken, and their places
     supervisor.py  the thread that starts, watches and restarts workers
     worker.py      the process of one job: validate, or train
 """

@@ -1,16 +1,27 @@
 """The routes put together as one application."""
 
 import asyncio
-import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
-from labkit import paths
-from labkit.service import batches, embeddings, errors, expiry, files, inference, jobs, models, responses, uploads
+from labkit.service import (
+    batches,
+    embeddings,
+    errors,
+    expiry,
+    files,
+    inference,
+    jobs,
+    keys,
+    models,
+    responses,
+    uploads,
+)
 from labkit.service.batch_runner import BatchRunner
 from labkit.service.gate import Gate
 from labkit.service.models import Models
@@ -19,7 +30,6 @@ from labkit.service.store import Store
 from labkit.service.supervisor import Supervisor
 
 BASE_NAME = "smollm2-135m-instruct"
-ALIASES = paths.COURSE / "data" / "model_aliases.json"
 LOCAL_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 
@@ -43,19 +53,22 @@ def create_app(
     base: Path,
     key: str,
     base_name: str = BASE_NAME,
-    aliases: Path = ALIASES,
     hosts: frozenset[str] = LOCAL_NAMES,
+    origins: Sequence[str] = (),
     warm: bool = True,
 ) -> FastAPI:
     """The service of the folder `home`, answering with the base model in the folder `base`.
 
-    Only its SHA-256 is kept of `key`. `warm` loads the model at once instead of with the first
-    prompt. Nobody else may serve `home` meanwhile (`run.serve` sees to that). `app.state` holds
-    the `supervisor` and the `activity`. Raises `LabkitError` when the alias table is broken.
+    `key` is the default key; only its SHA-256 is kept. `hosts` are this service's names in Host
+    headers; web pages of `origins` may call it (CORS), by default none may. `warm` loads the model
+    at once instead of with the first prompt. Nobody else may serve `home` meanwhile (`run.serve`
+    sees to that). `app.state` holds the `supervisor` and the `activity`. Raises `LabkitError` when
+    the alias table is broken.
     """
     store = Store(home)
     store.sweep()
-    known = Models(store, base_name, models.read_aliases(aliases))
+    keys.set_default(store, key)
+    known = Models(base_name, models.read_aliases(home))
     scheduler = Scheduler(base, base_name, home / "cache" / "prompts")
     supervisor = Supervisor(store, base)
     activity = Activity()
@@ -77,15 +90,17 @@ def create_app(
     runner = BatchRunner(store, app)
     app.state.supervisor, app.state.activity = supervisor, activity
     router = APIRouter(prefix="/v1")
-    router.include_router(files.routes(store))
-    router.include_router(uploads.routes(store))
-    router.include_router(batches.routes(store, runner.wake))
+    router.include_router(files.routes())
+    router.include_router(uploads.routes())
+    router.include_router(batches.routes(runner.wake))
     router.include_router(jobs.routes(known, supervisor.wake))
     router.include_router(models.routes(known))
     for module in (inference, embeddings, responses):
         router.include_router(module.routes(known, scheduler))
     app.include_router(router)
     errors.install(app)
-    digest = hashlib.sha256(key.encode()).digest()
-    app.add_middleware(Gate, key_digest=digest, hosts=hosts, touched=activity.touched)
+    app.add_middleware(Gate, store=store, hosts=hosts, touched=activity.touched)
+    if origins:  # around the gate, since a browser asks for permission without a key
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST", "DELETE"],
+                           allow_headers=["*"], expose_headers=["x-request-id", "retry-after"])
     return app

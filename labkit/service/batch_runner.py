@@ -161,7 +161,7 @@ class BatchRunner:
                             expires_at)
         copy = self.store.incoming / file["id"]
         self.store.keep_copy(path, copy)
-        self.store.adopt(copy, file)
+        self.store.of(row.owner).adopt(copy, file)
         return file["id"]
 
     # --- requests ------------------------------------------------------------------------------
@@ -188,7 +188,8 @@ class BatchRunner:
         BACKGROUND.set(True)
         body = await asyncio.to_thread(batch_files.body_of, source, line)
         while True:
-            status, headers, answer = await _post(self.app, row.body["endpoint"], body, {"batch": row.id})
+            note = {"owner": row.owner, "batch": row.id}
+            status, headers, answer = await _post(self.app, row.body["endpoint"], body, note)
             if status not in (429, 503) or headers.get("x-should-retry") == "false":
                 break
             await asyncio.sleep(float(headers.get("retry-after", 1)))
@@ -199,7 +200,8 @@ class BatchRunner:
 async def _post(app: ASGIApp, path: str, body: bytes, note: Body) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the reply to a request that goes to `app` without a socket.
 
-    `note` stands in the request's log line. Cancelling it is what a client's going away is.
+    `note` stands in the request's log line; its `owner` is whose request it is. Cancelling it is
+    what a client's going away is.
     """
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",

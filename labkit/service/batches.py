@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from labkit.service import files, objects, retries
 from labkit.service.errors import ApiError
 from labkit.service.files import ExpiresAfter
+from labkit.service.keys import Mine
 from labkit.service.objects import Body
 from labkit.service.paging import listing, page
 from labkit.service.schemas import Body as RequestBody
@@ -32,32 +33,32 @@ def find(store: Store, id: str) -> Row:
     """The batch of that id. Raises 404."""
     row = store.get("batch", id)
     if row is None:
-        raise ApiError(404, f"No such batch: '{id}'. batches.list() shows the batches of this service.",
+        raise ApiError(404, f"No such batch: '{id}'. batches.list() shows all batches of yours.",
                        "batch_not_found", "batch_id")
     return row
 
 
-def routes(store: Store, wake: Callable[[], None]) -> APIRouter:
+def routes(wake: Callable[[], None]) -> APIRouter:
     """The routes under /v1/batches; `wake` tells the runner that there is something to do."""
     router = APIRouter(prefix="/batches")
 
     @router.post("")
-    def create_batch(body: BatchCreate, request: Request) -> Body:
+    def create_batch(body: BatchCreate, request: Request, store: Mine) -> Body:
         created = _create(store, body, retries.retried(request))
         wake()
         return created
 
     @router.get("")
-    def list_batches(request: Request) -> Body:
+    def list_batches(request: Request, store: Mine) -> Body:
         wanted = page(request, store, "batch", default=20, most=100)
         return listing(store.rows("batch", after=wanted.after, limit=wanted.limit + 1, newest_first=True), wanted)
 
     @router.get("/{id}")
-    def retrieve_batch(id: str) -> Body:
+    def retrieve_batch(id: str, store: Mine) -> Body:
         return find(store, id).body
 
     @router.post("/{id}/cancel")
-    def cancel_batch(id: str) -> Body:
+    def cancel_batch(id: str, store: Mine) -> Body:
         with store.transaction():
             row = find(store, id)
             if row.body["status"] in ("cancelling", "cancelled"):

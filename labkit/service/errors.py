@@ -88,11 +88,14 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, ApiError):
         return error.response()
     if error.status_code == 404:
-        return ApiError(404, f"Unknown request URL: {request.method} {request.url.path}. The base URL must end in /v1 "
-                             "and nothing more.", "unknown_url").response()
+        return ApiError(404, f"Unknown request URL: {request.method} {request.url.path}. Either this service does not "
+                             "offer it, or the base URL is wrong: it must end in /v1 and nothing more.",
+                        "unknown_url").response()
     if error.status_code == 405:
         return ApiError(405, f"{request.url.path} does not answer {request.method}.", "method_not_allowed",
                         headers=dict(error.headers or {})).response()
+    if isinstance(error.__cause__, RecursionError):
+        return bad_request("The body is nested far too deep. Send less nesting.", code="invalid_json").response()
     message = "The body of the request could not be read." if error.status_code == 400 else str(error.detail)
     return ApiError(error.status_code, message, "invalid_body", headers=dict(error.headers or {})).response()
 

@@ -9,9 +9,10 @@ from fastapi.responses import FileResponse
 from openai.types import FileDeleted
 from pydantic import Field
 
-from labkit import examples
-from labkit.service import objects
+from labkit import examples, paths
+from labkit.service import keys, objects
 from labkit.service.errors import ApiError, bad_request
+from labkit.service.keys import Mine
 from labkit.service.multipart import Upload
 from labkit.service.objects import Body
 from labkit.service.paging import listing, page
@@ -36,8 +37,7 @@ def find(store: Store, id: str) -> Row:
     drop_expired(store)
     row = store.get("file", id)
     if row is None:
-        raise ApiError(404, f"No such file: '{id}'. files.list() shows the files of this service.", "file_not_found",
-                       "id")
+        raise ApiError(404, f"No such file: '{id}'. files.list() shows all files of yours.", "file_not_found", "id")
     return row
 
 
@@ -54,24 +54,25 @@ def check(store: Store, param: str, id: str, purpose: str) -> None:
 
 
 def drop_expired(store: Store) -> None:
-    """Delete the files whose time is over."""
+    """Delete everybody's files whose time is over."""
+    store = store.of(None)
     for id in store.expired(objects.now()):
         store.delete_file(id)
 
 
-def routes(store: Store) -> APIRouter:
+def routes() -> APIRouter:
     """The routes under /v1/files."""
     router = APIRouter()
 
     @router.post("/files")
-    async def create_file(request: Request) -> Body:
+    async def create_file(request: Request, store: Mine) -> Body:
         with Upload(request.headers.get("content-type", ""), store.incoming, FILE_LIMIT) as upload:
             async for piece in request.stream():
-                await run_in_threadpool(upload.write, piece)
+                await run_in_threadpool(_take, store, upload, piece)
             return await run_in_threadpool(_accept, store, upload)
 
     @router.get("/files")
-    def list_files(request: Request) -> Body:
+    def list_files(request: Request, store: Mine) -> Body:
         drop_expired(store)
         wanted = page(request, store, "file", default=10_000, most=10_000, filters=["purpose"], ordered=True)
         purpose = request.query_params.get("purpose")
@@ -81,22 +82,28 @@ def routes(store: Store) -> APIRouter:
         return listing(rows, wanted)
 
     @router.get("/files/{id}")
-    def retrieve_file(id: str) -> Body:
+    def retrieve_file(id: str, store: Mine) -> Body:
         return find(store, id).body
 
     @router.get("/files/{id}/content")
-    def file_content(id: str) -> FileResponse:
+    def file_content(id: str, store: Mine) -> FileResponse:
         row = find(store, id)
         return FileResponse(store.files / row.id, media_type="application/octet-stream",
                             filename=row.body["filename"])
 
     @router.delete("/files/{id}")
-    def delete_file(id: str) -> Body:
+    def delete_file(id: str, store: Mine) -> Body:
         find(store, id)
         store.delete_file(id)
         return objects.made(FileDeleted, id=id, object="file", deleted=True)
 
     return router
+
+
+def _take(store: Store, upload: Upload, piece: bytes) -> None:
+    upload.write(piece)
+    if upload.size >> 20 != (upload.size - len(piece)) >> 20:  # now and then, so that nothing fills the disk
+        keys.check_bytes(store, upload.size)
 
 
 def _accept(store: Store, upload: Upload) -> Body:
@@ -113,7 +120,10 @@ def _accept(store: Store, upload: Upload) -> Body:
         wrong = f"'{purpose}' is not one of" if purpose else "Missing required parameter: 'purpose'. Use one of"
         raise bad_request(f"{wrong} {', '.join(PURPOSES)}.", "purpose")
     body = described(upload.path, upload.filename, purpose, upload.size, _lifetime(upload.fields))
-    store.adopt(upload.path, body)
+    paths.sync(upload.path)  # so that the transaction need not wait for the disk
+    with store.transaction():
+        keys.check_bytes(store, upload.size)
+        store.adopt(upload.path, body)
     return body
 
 

@@ -1,9 +1,9 @@
 """What every request passes: a request id, host and key checks, a size limit, a log line."""
 
-import hashlib
-import hmac
+import ipaddress
 import json
 import logging
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -12,15 +12,18 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from labkit.service import keys
 from labkit.service.errors import ApiError, from_exception, internal_error
 from labkit.service.objects import new_id
+from labkit.service.store import Store
 
 logger = logging.getLogger("labkit.service")
 BODY_LIMIT = 32 << 20  # bytes of a JSON body
 # Bytes of a multipart body: OpenAI's 512 MB for a file, 64 MB for a part of an upload, and the fields around it.
 UPLOAD_LIMIT, PART_LIMIT = 513 << 20, 65 << 20
 WITHIN = "labkit.within"  # in the scope of a request that the service makes of itself, which no client can set
-DRAIN_LIMIT = 4 << 30  # bytes read and dropped so that a client that sends too much hears why
+DRAIN_LIMIT = 4 << 30  # bytes read and dropped so that a client hears why it is refused
+PATH_LIMIT = 200  # characters of a path in the log
 
 
 def log(event: str, **fields: Any) -> None:
@@ -31,14 +34,15 @@ def log(event: str, **fields: Any) -> None:
 class Gate:
     """ASGI middleware around the whole application.
 
-    `key_digest` is the SHA-256 of the key, `hosts` the names this service answers to: a web page
-    that points its own name at 127.0.0.1 (DNS rebinding) is turned away by the Host header.
+    `hosts` are the names this service answers to, besides the address that a request came in by:
+    a web page that points its own name at this machine (DNS rebinding) is turned away by the Host
+    header. Requests go on with `request.state.store`, which is `store` as the key's owner sees it.
     `touched` hears of every request's beginning (+1) and end (-1).
     """
 
-    def __init__(self, app: ASGIApp, key_digest: bytes, hosts: frozenset[str],
-                 touched: Callable[[int], None]) -> None:
-        self.app, self.key_digest, self.hosts, self.touched = app, key_digest, hosts, touched
+    def __init__(self, app: ASGIApp, store: Store, hosts: frozenset[str], touched: Callable[[int], None]) -> None:
+        self.app, self.store, self.hosts, self.touched = app, store, hosts, touched
+        self.pace = keys.Pace()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -47,21 +51,28 @@ class Gate:
             return
         begin, request_id = time.perf_counter(), new_id("req_", 32)
         note: dict[str, Any] = dict(scope.get(WITHIN, {}))
-        scope.setdefault("state", {})["note"] = note  # routes add to the log line, such as the model
+        body = _Body(scope, receive)
+        state = scope.setdefault("state", {})
+        state["note"] = note  # routes add to the log line, such as the model
         status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if status >= 400 and "owner" in note:
+                    await body.drain()
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         self.touched(+1)
         try:
-            if WITHIN not in scope:
-                self._check(Headers(scope=scope))
-            await self.app(scope, _limited(scope, receive), send_with_id)
+            if WITHIN not in scope:  # else `note` tells the owner
+                key = self._key(scope)
+                note["owner"] = key.name
+                self.pace.check(key)
+            state["store"] = self.store.of(note["owner"])
+            await self.app(scope, body.receive, send_with_id)
         except Exception as error:
             known = from_exception(error) or internal_error()
             if known.code == "internal_error":
@@ -73,42 +84,63 @@ class Gate:
         finally:
             self.touched(-1)
             milliseconds = round(1000 * (time.perf_counter() - begin), 1)
-            log("request", id=request_id, method=scope["method"], path=scope["path"], status=status,
-                ms=milliseconds, **note)
+            path = re.sub(r"\bsk-[\w-]+", "sk-…", scope["path"][:PATH_LIMIT])  # a key may have been pasted into the URL
+            log("request", id=request_id, method=scope["method"], path=path, status=status, ms=milliseconds, **note)
 
-    def _check(self, headers: Headers) -> None:
+    def _key(self, scope: Scope) -> keys.Key:
+        """The key of a request. Raises what refuses it before anything else looks at it."""
+        headers = Headers(scope=scope)
         host = headers.get("host", "")
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if name.lower() not in self.hosts:
+        name = (host.rsplit(":", 1)[0] if not host.endswith("]") else host).lower()
+        if name not in self.hosts and not _is_address(name, scope):
             raise ApiError(403, f"This service answers to {', '.join(sorted(self.hosts))} only, not to the Host header "
-                                "of this request. Use the base URL that it printed when it started.", "host_refused")
+                                "of this request. Use the base URL that it printed when it started, or start it with "
+                                "--allow-host NAME for another name of this machine.", "host_refused")
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise ApiError(401, "No API key was sent. Send the header 'Authorization: Bearer KEY' with the key that "
                                 "this service printed when it started; it stands in api_key in its home folder too.",
                            "invalid_api_key")
-        if not hmac.compare_digest(hashlib.sha256(key.strip().encode()).digest(), self.key_digest):
-            raise ApiError(401, "Incorrect API key provided. Use the key that this service printed when it started; "
-                                "it stands in api_key in its home folder too.", "invalid_api_key")
+        found = keys.find(self.store, key.strip())
+        if found is None:
+            raise ApiError(401, "Incorrect API key provided. Use the key that this service printed when it started, "
+                                "which stands in api_key in its home folder too, or one that was given to you and has "
+                                "not been revoked.", "invalid_api_key")
+        return found
 
 
-def _limited(scope: Scope, receive: Receive) -> Receive:
-    """`receive` that stops a body which is too large, without keeping any of the excess."""
-    path = scope["path"].rstrip("/")
-    part = path.startswith("/v1/uploads/") and path.endswith("/parts")
-    limit = UPLOAD_LIMIT if path == "/v1/files" else PART_LIMIT if part else BODY_LIMIT
-    total = 0
+def _is_address(name: str, scope: Scope) -> bool:
+    """Whether a Host is the very address that the connection came in by, which no rebinding can feign."""
+    try:
+        mine = ipaddress.ip_address(scope["server"][0])
+        asked = ipaddress.ip_address(name.strip("[]"))
+    except (TypeError, ValueError):  # a name, or a server on no network
+        return False
+    return asked in (mine, getattr(mine, "ipv4_mapped", None))
 
-    async def limited() -> Message:
-        nonlocal total
-        message = await receive()
-        total += len(message.get("body", b""))
-        if total <= limit:
-            return message
-        while message.get("more_body") and total < DRAIN_LIMIT:
-            message = await receive()
-            total += len(message.get("body", b""))
-        raise ApiError(413, f"The body of the request is larger than {limit >> 20} MB. Send less at a time.",
-                       "request_too_large")
 
-    return limited
+class _Body:
+    """A request's body on its way in: stopped when it is too large, without keeping any of the excess."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        path = scope["path"].rstrip("/")
+        part = path.startswith("/v1/uploads/") and path.endswith("/parts")
+        self.limit = UPLOAD_LIMIT if path == "/v1/files" else PART_LIMIT if part else BODY_LIMIT
+        self._receive, self._total, self._more = receive, 0, True
+
+    async def receive(self) -> Message:
+        """The next piece, as the server gives it. Raises 413."""
+        message = await self._receive()
+        self._total += len(message.get("body", b""))
+        self._more = message.get("more_body", False)
+        if self._total > self.limit:
+            raise ApiError(413, f"The body of the request is larger than {self.limit >> 20} MB. Send less at a time.",
+                           "request_too_large")
+        return message
+
+    async def drain(self) -> None:
+        """Read and drop the rest: a client that is still sending would not hear why it is refused."""
+        while self._more and self._total < DRAIN_LIMIT:
+            message = await self._receive()
+            self._total += len(message.get("body", b""))
+            self._more = message.get("more_body", False)

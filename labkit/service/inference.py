@@ -57,7 +57,7 @@ def routes(models: Models, scheduler: Scheduler) -> APIRouter:
 
 async def weights_for(models: Models, name: str, form: str | None, request: Request) -> Weights:
     """What answers for a model's name. A fine-tuned model answers in the form it was trained on (None: any)."""
-    weights = await run_in_threadpool(models.weights, name)
+    weights = await run_in_threadpool(models.weights, name, request.state.store)
     request.state.note["model"] = name
     if weights.alias:
         request.state.note["alias_of"] = models.base_name

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, Request
 
-from labkit.service import files, objects, retries
+from labkit.service import files, keys, objects, retries
 from labkit.service.errors import ApiError, bad_request
+from labkit.service.keys import Mine
 from labkit.service.models import Models, Weights
 from labkit.service.objects import Body
 from labkit.service.paging import listing, page
@@ -25,23 +26,27 @@ def find(store: Store, id: str) -> Row:
     """The job of that id. Raises 404."""
     row = store.get("job", id)
     if row is None:
-        raise ApiError(404, f"No such fine-tuning job: '{id}'. fine_tuning.jobs.list() shows the jobs of this service.",
+        raise ApiError(404, f"No such fine-tuning job: '{id}'. fine_tuning.jobs.list() shows all jobs of yours.",
                        "fine_tune_not_found", "fine_tuning_job_id")
     return row
 
 
 def routes(models: Models, wake: Callable[[], None]) -> APIRouter:
     """The routes under /v1/fine_tuning/jobs; `wake` tells the supervisor that there is something to do."""
-    router, store = APIRouter(prefix="/fine_tuning/jobs"), models.store
+    router = APIRouter(prefix="/fine_tuning/jobs")
 
     @router.post("")
-    def create_job(body: JobCreate, request: Request) -> Body:
-        created = _create(models, body, retries.retried(request))
+    def create_job(body: JobCreate, request: Request, store: Mine) -> Body:
+        weights = _trainable(models, store, body)
+        request.state.note["model"] = body.model
+        if weights.alias:
+            request.state.note["alias_of"] = models.base_name
+        created = _create(models, store, body, weights, retries.retried(request))
         wake()
         return created
 
     @router.get("")
-    def list_jobs(request: Request) -> Body:
+    def list_jobs(request: Request, store: Mine) -> Body:
         wanted = page(request, store, "job", default=20, most=1000, filters=["metadata"])
         metadata = _metadata_filter(request)
         if metadata is None:
@@ -50,29 +55,29 @@ def routes(models: Models, wake: Callable[[], None]) -> APIRouter:
         return listing([row for row in rows if metadata(row)][: wanted.limit + 1], wanted)
 
     @router.get("/{id}")
-    def retrieve_job(id: str) -> Body:
+    def retrieve_job(id: str, store: Mine) -> Body:
         return find(store, id).body
 
     @router.get("/{id}/events")
-    def list_events(id: str, request: Request) -> Body:
+    def list_events(id: str, request: Request, store: Mine) -> Body:
         return _children(store, request, "event", id, default=20)
 
     @router.get("/{id}/checkpoints")
-    def list_checkpoints(id: str, request: Request) -> Body:
+    def list_checkpoints(id: str, request: Request, store: Mine) -> Body:
         return _children(store, request, "checkpoint", id, default=10)
 
     @router.post("/{id}/cancel")
-    def cancel_job(id: str) -> Body:
+    def cancel_job(id: str, store: Mine) -> Body:
         ended = {"status": "cancelled", "finished_at": objects.now(), "estimated_finish": None}
         return _switch(store, id, objects.PENDING, ended, "cancelled", wake)
 
     @router.post("/{id}/pause")
-    def pause_job(id: str) -> Body:
+    def pause_job(id: str, store: Mine) -> Body:
         active = ("validating_files", "queued", "running")
         return _switch(store, id, active, {"status": "paused", "estimated_finish": None}, "paused", wake)
 
     @router.post("/{id}/resume")
-    def resume_job(id: str) -> Body:
+    def resume_job(id: str, store: Mine) -> Body:
         status = "queued" if find(store, id).inner["validated"] else "validating_files"
         return _switch(store, id, ("paused",), {"status": status}, "resumed", wake)
 
@@ -82,11 +87,9 @@ def routes(models: Models, wake: Callable[[], None]) -> APIRouter:
 # --- create --------------------------------------------------------------------------------------
 
 
-def _create(models: Models, body: JobCreate, retried: bool) -> Body:
-    store = models.store
+def _create(models: Models, store: Store, body: JobCreate, weights: Weights, retried: bool) -> Body:
     fingerprint = retries.fingerprint(body)
-    weights = _trainable(models, body)
-    inner = _plan(models, body, weights) | {"fingerprint": fingerprint}
+    inner = _plan(models, store, body, weights) | {"fingerprint": fingerprint}
     for name in ("training_file", "validation_file"):
         if (id := getattr(body, name)) is not None:
             files.check(store, name, id, "fine-tune")
@@ -99,6 +102,7 @@ def _create(models: Models, body: JobCreate, retried: bool) -> Body:
         with store.transaction():
             if retried and (earlier := retries.earlier(store, "job", fingerprint)):
                 return earlier.body
+            keys.check_jobs(store)
             _copy_data(store, id, body, weights)
             store.add("job", created, inner=inner)
             store.add("event", objects.event(f"Created fine-tuning job: {id}"), id)
@@ -112,15 +116,15 @@ def _create(models: Models, body: JobCreate, retried: bool) -> Body:
     return created
 
 
-def _trainable(models: Models, body: JobCreate) -> Weights:
+def _trainable(models: Models, store: Store, body: JobCreate) -> Weights:
     try:
-        return models.weights(body.model)
+        return models.weights(body.model, store)
     except ApiError as error:
         raise ApiError(400, f"Model '{body.model}' is not available for fine-tuning or does not exist. {error.message}",
                        "model_not_available", "model") from None
 
 
-def _plan(models: Models, body: JobCreate, weights: Weights) -> Body:
+def _plan(models: Models, store: Store, body: JobCreate, weights: Weights) -> Body:
     """What only the service has to know about a job: how its model is made, and what it will be called."""
     wanted = body.labkit
     inner = {"root": models.base_name, "base": body.model,
@@ -128,9 +132,9 @@ def _plan(models: Models, body: JobCreate, weights: Weights) -> Body:
              "limit": wanted.max_tokens_per_example, "parent": None, "validated": False, "step": 0,
              "model_id": objects.new_id("", 8)}
     if weights.folder is not None:
-        parent = models.store.get("model", body.model)
+        parent = store.get("model", body.model)
         if parent is None:
-            raise models.unknown(body.model)
+            raise models.unknown(body.model, store)
         inner |= {"parent": body.model, **{name: parent.inner[name] for name in ("base", "adapter", "rank")}}
         _check_continues(wanted, parent)
     inner["name"] = f"ft:{inner['base']}:{objects.ORGANIZATION}:{body.suffix}:{inner['model_id']}"
@@ -183,7 +187,7 @@ def _metadata_filter(request: Request) -> Callable[[Row], bool] | None:
 def _switch(store: Store, id: str, expect: Sequence[str], body: Body, done: str, wake: Callable[[], None]) -> Body:
     """Move a job to another status, or answer 400, which the SDK does not retry as it would a 409."""
     with store.transaction():
-        changed = store.change("job", id, body, expect=expect)
+        changed = store.change("job", id, body, {"place": None}, expect)
         if changed is None:
             status = find(store, id).body["status"]
             raise ApiError(400, f"Job {id} cannot be {done}: its status is '{status}'.", "invalid_job_state",

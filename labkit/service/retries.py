@@ -25,7 +25,12 @@ def fingerprint(body: BaseModel) -> str:
 
 
 def earlier(store: Store, kind: str, fingerprint: str) -> Row | None:
-    """The object of that kind that an earlier try of the same request made."""
+    """The object of that kind that an earlier try of the same request made.
+
+    It is the owner's latest one with the very same body of the last minutes. This errs in one case
+    only: of two objects that are meant to be equal, the second one's first try never arrives.
+    """
     latest = store.rows(kind, newest_first=True, limit=50)
     return next((row for row in latest if row.inner["fingerprint"] == fingerprint
+                 and row.body["status"] != "cancelled"  # whoever cancelled it has had the answer
                  and row.body["created_at"] > objects.now() - WINDOW), None)

@@ -4,13 +4,14 @@ import asyncio
 import json
 import logging
 import os
-import secrets
 import signal
 import socket
+import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,9 +19,11 @@ from filelock import FileLock, Timeout
 
 from labkit import paths
 from labkit.errors import ServiceError
-from labkit.service.app import BASE_NAME, create_app
+from labkit.service import keys
+from labkit.service.app import BASE_NAME, LOCAL_NAMES, create_app
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ALL_ADDRESSES = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # with the one by which this machine reaches itself
 GRACE_SECONDS = 2  # for replies under way when the service is told to end
 
 
@@ -32,15 +35,22 @@ def serve(
     base_name: str = BASE_NAME,
     idle_exit: float | None = None,
     warm: bool = True,
+    tls: tuple[Path, Path] | None = None,
+    insecure: bool = False,
+    names: Sequence[str] = (),
+    origins: Sequence[str] = (),
 ) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit code 0.
 
     `port` 0 takes any free one. `home` defaults to `LABKIT_HOME`, `base` (a folder with a causal
     LM) to the course's base model, fetched if need be. With `idle_exit` the service ends after so
-    many seconds without a request and without a job to do. Once ready it prints the lines to
-    paste and writes `home/service.json`. Raises `ServiceError` when the home is being served
-    already, or the port is taken.
+    many seconds without a request and without a job to do. Another `host` than this machine's own
+    needs `tls` (the files of a certificate and its key, as PEM) or the consent `insecure`; `names`
+    are more names that clients may call this machine by, and web pages of `origins` may call it.
+    Once ready it prints the lines to paste and writes `home/service.json`. Raises `ServiceError`
+    when the home is being served already, the port is taken, or one of these does not fit.
     """
+    _check_network(host, tls, insecure, origins)
     home = (home or paths.home()).resolve()
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     os.environ["LABKIT_HOME"] = str(home)  # the engine keeps what it measures of the machine there
@@ -49,9 +59,10 @@ def serve(
 
         base = assets.base_model()
     with _only_service(home), _listening(host, port) as listener:
-        app = create_app(home, base.resolve(), _key(home), base_name, warm=warm)
+        hosts = LOCAL_NAMES | {name.lower() for name in names} | (set() if host in LOOPBACK else _own_names(host))
+        app = create_app(home, base.resolve(), _key(home), base_name, frozenset(hosts), origins, warm)
         _log_to_stderr()
-        server = Server(app, home, listener, base_name, idle_exit)
+        server = Server(app, home, listener, base_name, idle_exit, tls)
         # uvicorn raises the signal again after its clean end, which would end this process before ours.
         previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -67,12 +78,19 @@ class Server(uvicorn.Server):
     """uvicorn's server, which tells when it is ready, and ends when it was idle for long."""
 
     def __init__(self, app: FastAPI, home: Path, listener: socket.socket, base_name: str,
-                 idle_exit: float | None) -> None:
+                 idle_exit: float | None, tls: tuple[Path, Path] | None) -> None:
+        certificate, key = tls or (None, None)
         super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
-                                        timeout_graceful_shutdown=GRACE_SECONDS))
+                                        timeout_graceful_shutdown=GRACE_SECONDS, ssl_certfile=certificate,
+                                        ssl_keyfile=key))
         self.app, self.home, self.base_name, self.idle_exit = app, home, base_name, idle_exit
-        host, self.port = listener.getsockname()[:2]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
+        address, self.port = listener.getsockname()[:2]
+        scheme, all_addresses = "https" if tls else "http", address in ALL_ADDRESSES
+        # A certificate names the machine, hardly ever an address.
+        here = socket.gethostname() if tls and all_addresses else ALL_ADDRESSES.get(
+            address, f"[{address}]" if ":" in address else address)
+        self.url = f"{scheme}://{here}:{self.port}/v1"
+        self.outside = f"{scheme}://{socket.gethostname()}:{self.port}/v1" if all_addresses else None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then say where."""
@@ -82,6 +100,9 @@ class Server(uvicorn.Server):
         command = "set" if os.name == "nt" else "export"
         print(f"Serving {self.base_name} from {self.home}. Paste these lines into another terminal; Ctrl-C ends.\n"
               f"{command} OPENAI_BASE_URL={self.url}\n{command} OPENAI_API_KEY={_key(self.home)}", flush=True)
+        if self.outside:
+            print(f"Other machines use OPENAI_BASE_URL={self.outside}, or this machine's address in place of its "
+                  "name, and a key of their own: labkit keys add NAME", flush=True)
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to end."""
@@ -89,6 +110,30 @@ class Server(uvicorn.Server):
         if idle and counter % 10 == 0 and not await asyncio.to_thread(self.app.state.supervisor.busy):
             return True
         return await super().on_tick(counter)
+
+
+def _check_network(host: str, tls: tuple[Path, Path] | None, insecure: bool, origins: Sequence[str]) -> None:
+    if host not in LOOPBACK and not (tls or insecure):
+        raise ServiceError(f"Listening on {host} lets other machines in, and without TLS anyone on the network could "
+                           "read keys and texts on their way. Give --tls-cert FILE and --tls-key FILE, or --insecure "
+                           "if you trust the network, or listen on this machine only with --host 127.0.0.1.")
+    if tls:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*tls, password="")  # never asks
+        except OSError as error:
+            raise ServiceError(f"{tls[0]} and {tls[1]} cannot be used for TLS ({error}). --tls-cert needs a "
+                               "certificate in PEM format, --tls-key its private key without a password.") from error
+    for origin in origins:
+        parts = urlsplit(origin)
+        if parts.scheme not in ("http", "https") or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
+            raise ServiceError(f"{origin!r} is no origin of web pages. Write --allow-origin as a browser does: scheme, "
+                               "name and port without a path, such as https://example.org or http://localhost:3000.")
+
+
+def _own_names(host: str) -> set[str]:
+    """What clients call a machine that listens on `host`; its addresses need not be listed (see `gate`)."""
+    name = socket.gethostname().lower()
+    return {name, f"{name.split('.')[0]}.local", *([] if host in ALL_ADDRESSES else [host.lower()])}
 
 
 @contextmanager
@@ -117,9 +162,6 @@ def _who(home: Path) -> str:
 @contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
     """A socket that listens at the address, before anything costly is done."""
-    if host not in LOOPBACK:
-        raise ServiceError(f"The service answers on this machine only, not on {host}. Use --host 127.0.0.1, and an SSH "
-                           "tunnel to reach it from elsewhere.")
     # The protocol by name: only then does asyncio switch off Nagle's algorithm, which holds up every reply by 40 ms.
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
@@ -143,7 +185,7 @@ def _key(home: Path) -> str:
     """The key of this home's service: made once, readable by its owner only."""
     path = home / "api_key"
     if not path.exists():
-        paths.write_text(path, f"sk-local-{secrets.token_urlsafe(24)}\n", private=True)
+        paths.write_text(path, f"{keys.new_key()}\n", private=True)
     return path.read_text().strip()
 
 

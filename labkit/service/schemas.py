@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from labkit.examples import MAX_DEPTH, too_deep
 from labkit.service.errors import bad_request
 
 MAX_SUFFIX = 64  # characters
@@ -27,6 +28,9 @@ class Body(BaseModel):
     def _drop_what_is_off(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if too_deep(data):
+            raise bad_request(f"The body is nested more than {MAX_DEPTH} levels deep. Send less nesting.",
+                              code="invalid_json")
         given = {name: value for name, value in data.items() if value is not None}
         for name, values in cls.off.items():
             if name in given and given.pop(name) not in values:
@@ -82,7 +86,6 @@ class Method(Body):
 
     type: Annotated[Literal["supervised"], BeforeValidator(_offered_method)]
     supervised: Supervised = Supervised()
-    off = {"dpo": (), "reinforcement": ()}
 
 
 class Extension(Body):

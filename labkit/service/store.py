@@ -1,6 +1,6 @@
 """SQLite and blobs under one home folder.
 
-    service.db        every file, job, event, checkpoint and model, as rows
+    service.db        every file, job, event, checkpoint and model, as rows; the keys
     files/ID          the content of a file
     models/NAME/      an adapter
     jobs/ID/          a job's own copy of its data, its training state, its worker's log
@@ -9,10 +9,13 @@
     incoming/         what is not whole yet
 
 A row holds the object as the API shows it (`body`) and what only the service knows (`inner`).
+Every row has an owner, the name of the key that made it. `Store(home)` sees all rows and adds
+none; `of(owner)` is the same store as that owner sees it.
 The service and its workers write to the same database: WAL lets everybody read meanwhile, and
 a write is acknowledged only when it is on the disk.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -20,15 +23,15 @@ import sqlite3
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from labkit import paths
 from labkit.errors import ServiceError
 from labkit.service import objects
 from labkit.service.objects import Body
 
-VERSION = 1
-SCHEMA = """
+STEPS = ("""
 CREATE TABLE objects (
     n INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of creation, which lists are paged by
     kind TEXT NOT NULL,                   -- file, upload, part, batch, job, event, checkpoint, model
@@ -41,7 +44,20 @@ CREATE TABLE objects (
 CREATE UNIQUE INDEX by_id ON objects (kind, id);
 CREATE INDEX by_parent ON objects (kind, parent, n);
 CREATE UNIQUE INDEX once ON objects (kind, parent, mark) WHERE mark IS NOT NULL;
-"""
+""", """
+ALTER TABLE objects ADD COLUMN owner TEXT NOT NULL DEFAULT 'default';
+CREATE INDEX by_owner ON objects (kind, parent, owner, n);
+CREATE TABLE keys (
+    name TEXT PRIMARY KEY,
+    digest BLOB NOT NULL,         -- SHA-256 of the key
+    created_at INTEGER NOT NULL,
+    jobs INTEGER,                 -- limits of the owner; NULL for none
+    bytes INTEGER,
+    requests_per_minute INTEGER
+);
+""")  # what to do, in this order, to a database of an older format; the format is the number of steps done
+COLUMNS = "n, id, parent, owner, body, inner"
+OWN = "owner = ifnull(?, owner)"
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,7 @@ class Row:
     n: int
     id: str
     parent: str
+    owner: str
     body: Body
     inner: Body
 
@@ -59,21 +76,30 @@ class Store:
     """The state of one home folder; safe to use from many threads and processes."""
 
     def __init__(self, home: Path) -> None:
+        """Open the home, bringing an older database up to date. Raises `ServiceError` for a newer one."""
         self.home = home
+        self.owner: str | None = None  # all of them
         self.files, self.models, self.jobs = home / "files", home / "models", home / "jobs"
         self.parts, self.batches, self.incoming = home / "parts", home / "batches", home / "incoming"
         for folder in (self.files, self.models, self.jobs, self.parts, self.batches, self.incoming):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (home / "service.db").touch(0o600)  # SQLite gives its other files the same rights
         self._local = threading.local()
         with self.transaction() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                for statement in SCHEMA.split(";"):
+            if version > len(STEPS):
+                raise ServiceError(f"{home / 'service.db'} was written by a newer version of labkit (format {version}, "
+                                   f"this one reads {len(STEPS)}). Use that version, or another LABKIT_HOME.")
+            for number, step in enumerate(STEPS[version:], version + 1):
+                for statement in step.split(";\n"):
                     db.execute(statement)
-                db.execute(f"PRAGMA user_version = {VERSION}")
-            elif version != VERSION:
-                raise ServiceError(f"{home / 'service.db'} was written by another version of labkit (format {version}, "
-                                   f"this one reads {VERSION}). Use that version, or another LABKIT_HOME.")
+                db.execute(f"PRAGMA user_version = {number}")
+
+    def of(self, owner: str | None) -> "Store":
+        """This store as `owner` sees it, who gets all that is added; None for a store that sees everything."""
+        view = copy.copy(self)
+        view.owner = owner
+        return view
 
     @property
     def db(self) -> sqlite3.Connection:
@@ -103,22 +129,26 @@ class Store:
 
     def add(self, kind: str, body: Body, parent: str = "", inner: Body | None = None, mark: str | None = None) -> bool:
         """Store a new object; False if `mark` says that the parent has it already (then nothing changes)."""
+        if self.owner is None:
+            raise ValueError(f"a {kind} needs an owner: add it to store.of(owner)")
         with self.transaction() as db:
             done = db.execute(
-                "INSERT INTO objects (kind, id, parent, mark, body, inner) VALUES (?, ?, ?, ?, ?, ?) "
+                "INSERT INTO objects (kind, id, parent, owner, mark, body, inner) VALUES (?, ?, ?, ?, ?, ?, ?) "
                 "ON CONFLICT (kind, parent, mark) WHERE mark IS NOT NULL DO NOTHING",
-                (kind, body["id"], parent, mark, _json(body), _json(inner or {})))
+                (kind, body["id"], parent, self.owner, mark, _json(body), _json(inner or {})))
             return done.rowcount == 1
 
     def get(self, kind: str, id: str) -> Row | None:
         """The object of that id."""
-        found = self.db.execute("SELECT n, id, parent, body, inner FROM objects WHERE kind = ? AND id = ?", (kind, id))
+        found = self.db.execute(f"SELECT {COLUMNS} FROM objects WHERE kind = ? AND id = ? AND {OWN}",
+                                (kind, id, self.owner))
         return next(map(_row, found), None)
 
     def status(self, kind: str, id: str) -> str | None:
         """Only the status of an object: the cheapest question, asked at every step of a job."""
         found = self.db.execute(
-            "SELECT json_extract(body, '$.status') FROM objects WHERE kind = ? AND id = ?", (kind, id)).fetchone()
+            f"SELECT json_extract(body, '$.status') FROM objects WHERE kind = ? AND id = ? AND {OWN}",
+            (kind, id, self.owner)).fetchone()
         return found[0] if found else None
 
     def rows(
@@ -135,6 +165,9 @@ class Store:
         `matching` names fields of the body and the values that each may have.
         """
         terms, values = ["kind = ?", "parent = ?"], [kind, parent]
+        if self.owner is not None:
+            terms.append("owner = ?")
+            values.append(self.owner)
         if after is not None:
             terms.append("n < ?" if newest_first else "n > ?")
             values.append(after)  # type: ignore[arg-type]
@@ -143,7 +176,7 @@ class Store:
             values += [f"$.{name}", *wanted]
         order = "DESC" if newest_first else "ASC"
         found = self.db.execute(
-            f"SELECT n, id, parent, body, inner FROM objects WHERE {' AND '.join(terms)} ORDER BY n {order} LIMIT ?",
+            f"SELECT {COLUMNS} FROM objects WHERE {' AND '.join(terms)} ORDER BY n {order} LIMIT ?",
             (*values, -1 if limit is None else limit))
         return [_row(columns) for columns in found]
 
@@ -156,7 +189,7 @@ class Store:
             row = self.get(kind, id)
             if row is None or (expect is not None and row.body["status"] not in expect):
                 return None
-            changed = Row(row.n, id, row.parent, {**row.body, **(body or {})}, {**row.inner, **(inner or {})})
+            changed = replace(row, body={**row.body, **(body or {})}, inner={**row.inner, **(inner or {})})
             db.execute("UPDATE objects SET body = ?, inner = ? WHERE n = ?",
                        (_json(changed.body), _json(changed.inner), row.n))
             return changed
@@ -164,20 +197,20 @@ class Store:
     def remove(self, kind: str, id: str) -> bool:
         """Delete an object's row; False if there was none."""
         with self.transaction() as db:
-            return db.execute("DELETE FROM objects WHERE kind = ? AND id = ?", (kind, id)).rowcount == 1
+            done = db.execute(f"DELETE FROM objects WHERE kind = ? AND id = ? AND {OWN}", (kind, id, self.owner))
+            return done.rowcount == 1
 
     def remove_children(self, kind: str, parent: str) -> None:
         """Delete the rows of that kind which belong to `parent`."""
         with self.transaction() as db:
-            db.execute("DELETE FROM objects WHERE kind = ? AND parent = ?", (kind, parent))
+            db.execute(f"DELETE FROM objects WHERE kind = ? AND parent = ? AND {OWN}", (kind, parent, self.owner))
 
     # --- blobs -------------------------------------------------------------------------------
 
     def adopt(self, temporary: Path, body: Body) -> None:
         """Make an uploaded or computed file, whole at `temporary`, the content of file `body`."""
         target = self.files / body["id"]
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
+        paths.sync(temporary)
         os.replace(temporary, target)
         try:
             self.add("file", body)
@@ -200,8 +233,14 @@ class Store:
         shutil.rmtree(self.models / row.inner["folder"], ignore_errors=True)
         return True
 
+    def stored_bytes(self) -> int:
+        """The size of all files, and of the parts of uploads, together."""
+        return self.db.execute(
+            "SELECT ifnull(sum(json_extract(CASE kind WHEN 'file' THEN body ELSE inner END, '$.bytes')), 0) "
+            f"FROM objects WHERE kind IN ('file', 'part') AND {OWN}", (self.owner,)).fetchone()[0]
+
     def expired(self, time: int) -> list[str]:
-        """The ids of files that expire at or before `time`, in seconds since 1970."""
+        """The ids of everybody's files that expire at or before `time`, in seconds since 1970."""
         found = self.db.execute(
             "SELECT id FROM objects WHERE kind = 'file' AND parent = '' AND json_extract(body, '$.expires_at') <= ?",
             (time,))
@@ -246,6 +285,6 @@ def _json(value: Body) -> str:
     return json.dumps(value, allow_nan=False)  # SQLite's JSON functions refuse NaN
 
 
-def _row(columns: tuple[int, str, str, str, str]) -> Row:
-    n, id, parent, body, inner = columns
-    return Row(n, id, parent, json.loads(body), json.loads(inner))
+def _row(columns: tuple[int, str, str, str, str, str]) -> Row:
+    n, id, parent, owner, body, inner = columns
+    return Row(n, id, parent, owner, json.loads(body), json.loads(inner))

@@ -1,6 +1,6 @@
 """The thread that starts, watches and restarts workers.
 
-One process validates and one trains at a time, each in the order in which jobs were created; a
+One process validates and one trains at a time, each in the order that `queue.waiting` tells; a
 job that was running when the service ended comes first. A worker that dies is started again and
 goes on from its last checkpoint, up to three times without progress.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labkit import paths
-from labkit.service import objects
+from labkit.service import objects, queue
 from labkit.service.errors import JobError
 from labkit.service.gate import log
 from labkit.service.store import Row, Store
@@ -90,10 +90,13 @@ class Supervisor(threading.Thread):
                 self._start(slot, row)
         if changed:
             self._tidy()
+            at_work = {worker.job_id for worker in self._workers.values()}
+            queue.tell_places(self.store, [row for row in queue.waiting(self.store, "queued", "train")
+                                           if row.id not in at_work])
 
     def _next(self, slot: str) -> Row | None:
         for status in STATUSES[slot]:
-            if rows := self.store.rows("job", limit=1, matching={"status": [status]}):
+            if rows := queue.waiting(self.store, status, slot):
                 return rows[0]
         return None
 
@@ -108,6 +111,7 @@ class Supervisor(threading.Thread):
                 command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment,
                 creationflags=getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0) if slot == "train" else 0)
         self._workers[slot] = Worker(row.id, process, row.inner["step"])
+        queue.take(self.store, row, slot)
         log("worker", job=row.id, task=slot, pid=process.pid)
 
     def _kill_if_cancelled(self, worker: Worker) -> None:
@@ -129,13 +133,13 @@ class Supervisor(threading.Thread):
         count = self._restarts[row.id] = 1 if progress else self._restarts.get(row.id, 0) + 1
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         if count > RESTARTS:
-            fail(self.store, row.id, JobError(
+            fail(self.store.of(row.owner), row.id, JobError(
                 "worker_died", f"The training process ended unexpectedly {count} times without progress (last: {how}). "
                 "The machine may be short of memory: use shorter examples (labkit.max_tokens_per_example) or a "
                 f"smaller batch_size. jobs/{row.id}/worker.log in the service's home folder may tell more."))
         else:
             message = f"The training process ended unexpectedly ({how}); it goes on from its last checkpoint"
-            self.store.add("event", objects.event(message, "warn"), row.id)
+            self.store.of(row.owner).add("event", objects.event(message, "warn"), row.id)
 
     def _tidy(self) -> None:
         """Remove the data and states of jobs that have ended; a failed job's log stays."""

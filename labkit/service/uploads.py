@@ -14,9 +14,11 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field, StringConstraints
 
-from labkit.service import files, objects
+from labkit import paths
+from labkit.service import files, keys, objects
 from labkit.service.errors import ApiError, bad_request
 from labkit.service.files import ExpiresAfter
+from labkit.service.keys import Mine
 from labkit.service.multipart import Upload as Incoming
 from labkit.service.multipart import base_name
 from labkit.service.objects import Body
@@ -48,34 +50,35 @@ class UploadComplete(RequestBody):
     md5: Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{32}$")] | None = None
 
 
-def routes(store: Store) -> APIRouter:
+def routes() -> APIRouter:
     """The routes under /v1/uploads."""
     router = APIRouter(prefix="/uploads")
 
     @router.post("")
-    def create_upload(body: UploadCreate) -> Body:
+    def create_upload(body: UploadCreate, store: Mine) -> Body:
         files.check_size(body.purpose, body.bytes, "bytes")
+        keys.check_bytes(store, body.bytes)
         upload = objects.upload(base_name(body.filename), body.purpose, body.bytes, LIFETIME)
         lifetime = body.expires_after.seconds if body.expires_after else None
         store.add("upload", upload, inner={"mime_type": body.mime_type, "lifetime": lifetime})
         return upload
 
     @router.post("/{id}/parts")
-    async def add_part(id: str, request: Request) -> Body:
+    async def add_part(id: str, request: Request, store: Mine) -> Body:
         with Incoming(request.headers.get("content-type", ""), store.incoming, PART_LIMIT, "data") as incoming:
             async for piece in request.stream():
                 await run_in_threadpool(incoming.write, piece)
             return await run_in_threadpool(_add, store, id, incoming)
 
     @router.post("/{id}/complete")
-    def complete_upload(id: str, body: UploadComplete, request: Request) -> Body:
+    def complete_upload(id: str, body: UploadComplete, request: Request, store: Mine) -> Body:
         row = _find(store, id)
         if retried(request) and row.body["status"] == "completed":
             return row.body  # the reply to the first try was lost
         return _complete(store, _pending(store, id), body)
 
     @router.post("/{id}/cancel")
-    def cancel_upload(id: str, request: Request) -> Body:
+    def cancel_upload(id: str, request: Request, store: Mine) -> Body:
         row = _find(store, id)
         if retried(request) and row.body["status"] == "cancelled":
             return row.body
@@ -119,9 +122,10 @@ def _end(store: Store, id: str, status: str, file: Body | None = None, content: 
         _pending(store, id)
         changed = store.change("upload", id, {"status": status, "file": file})
         assert changed is not None
-        if file is not None and content is not None:
-            store.adopt(content, file)
         store.remove_children("part", id)
+        if file is not None and content is not None:
+            keys.check_bytes(store, file["bytes"])
+            store.adopt(content, file)
     _remove_parts(store, id)
     return changed.body
 
@@ -140,8 +144,7 @@ def _add(store: Store, id: str, incoming: Incoming) -> Body:
     if incoming.filename is None:
         raise bad_request("Missing required parameter: 'data'. Send the part as 'data' with a file name.", "data",
                           "missing_required_parameter")
-    with open(incoming.path, "rb+") as handle:
-        os.fsync(handle.fileno())
+    paths.sync(incoming.path)
     part = objects.part(id)
     with store.transaction():
         _pending(store, id)
@@ -149,6 +152,7 @@ def _add(store: Store, id: str, incoming: Incoming) -> Body:
         if sent + incoming.size > UPLOAD_LIMIT:
             raise ApiError(413, f"The parts of upload {id} are larger than {UPLOAD_LIMIT >> 30} GB together.",
                            "file_too_large", "data")
+        keys.check_bytes(store, incoming.size)
         target = store.parts / id / part["id"]
         target.parent.mkdir(exist_ok=True)
         os.replace(incoming.path, target)
@@ -160,11 +164,11 @@ def _add(store: Store, id: str, incoming: Incoming) -> Body:
 
 
 def _complete(store: Store, row: Row, body: UploadComplete) -> Body:
-    paths = _parts(store, row, body.part_ids)
+    parts = _parts(store, row, body.part_ids)
     whole = store.incoming / objects.new_id("upload-")
     try:
         try:
-            digest = _join(paths, whole)
+            digest = _join(parts, whole)
         except FileNotFoundError:
             _pending(store, row.id)  # it was completed or cancelled meanwhile
             raise

@@ -35,6 +35,7 @@ def main(home: Path, job_id: str, base: Path) -> None:
     row = store.get("job", job_id)
     if row is None:
         return
+    store = store.of(row.owner)  # who gets all that comes of the job
     try:
         if row.body["status"] == "validating_files":
             validate(store, row)

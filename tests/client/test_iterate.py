@@ -73,7 +73,8 @@ def test_the_ladder_measures_every_rung_and_asks_nothing_twice(service: RunningS
         "zero-shot": labkit.Prompted(client, BASE_NAME, lambda text: f"{text}\n\nThis is about"),
         "fine-tuned": labkit.Prompted(client, model_of(client, tuned), lambda text: text + SEPARATOR),
     }
-    ladder, answers = labkit.ladder(rungs, TRAIN, VALID)
+    ladder, answers = labkit.ladder(rungs, TRAIN, VALID, price_model="gpt-6-luna")
+    assert ladder["usd_per_1000"].notna().tolist() == [False, False, False, True, False]  # it cannot be fine-tuned
     assert list(ladder.index) == list(rungs) == list(answers)
     assert ladder.loc["majority", "accuracy"] == 0.5
     assert (ladder.loc[["keywords", "TF-IDF"], "accuracy"] == 1).all() and ladder.loc["keywords", "low"] < 0.8
@@ -118,6 +119,8 @@ def test_a_sweep_runs_its_plan_records_it_and_is_not_repeated(service: RunningSe
     plan = labkit.plan(TRAIN, VALID, sizes=[20, 99], seeds=[1, 2], **GRID)
     assert len(plan) == 8 and set(plan.examples) == {20, 40} and (plan.seconds > 0).all()
     assert plan.tokens.iloc[0] * 2 == plan.tokens.iloc[2]  # twice the epochs
+    priced = labkit.plan(TRAIN, VALID, n_epochs=[1, 2], price_model="nebius/below-20b")
+    assert priced.usd[1] == pytest.approx(2 * priced.usd[0]) and priced.usd[0] > 0
     plan = plan[plan.n_epochs == 2]
     results = labkit.sweep(client, plan, TRAIN, VALID, LABELS, base=BASE_NAME)
     assert results[["examples", "seed"]].equals(plan[["examples", "seed"]].reset_index(drop=True))
@@ -133,6 +136,7 @@ def test_a_sweep_runs_its_plan_records_it_and_is_not_repeated(service: RunningSe
     found = labkit.sweep(client, plan, TRAIN, VALID, LABELS, base=BASE_NAME)
     assert found.job.tolist() == results.job.tolist() and len(list(client.fine_tuning.jobs.list())) == jobs
     assert found.accuracy.tolist() == results.accuracy.tolist()
+    assert results.seconds.notna().all() and found.seconds.isna().all()  # a found job's time may hold a pause
     assert len(labkit.runs("sweep")) == 4 and labkit.runs().data_digest.nunique() == 3  # 20 posts differ by seed
 
     mean = iterate.spread(results, "examples")

@@ -40,6 +40,11 @@ def trained(client: openai.OpenAI) -> FineTuningJob:
     return done
 
 
+def test_the_use_of_an_alias_stands_in_the_log(service: RunningService, trained: FineTuningJob) -> None:
+    created = [line for line in service.log("request") if line["path"] == "/v1/fine_tuning/jobs" and "alias_of" in line]
+    assert created and {line["alias_of"] for line in created} == {BASE}
+
+
 def test_a_job_tells_what_it_did(client: openai.OpenAI, trained: FineTuningJob) -> None:
     name = trained.fine_tuned_model
     assert name and name.startswith("ft:gpt-4o-mini-2024-07-18:local:my-lab:") and len(name.rsplit(":", 1)[1]) == 8
@@ -211,6 +216,11 @@ REFUSED: list[tuple[Change, str, str | None]] = [
     (lambda client: {"suffix": "x" * 65}, "suffix", None),
     (lambda client: {"suffix": "!!!"}, "suffix", None),
     (lambda client: {"method": {"type": "dpo"}}, "method.type", "unsupported_value"),
+    (lambda client: {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}}}, "method.type",
+     "unsupported_value"),
+    (lambda client: {"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, "method.type",
+     "unsupported_value"),
+    (lambda client: {"method": supervised() | {"dpo": {}}}, "method.dpo", "unknown_parameter"),
     (lambda client: {"method": supervised(n_epochs=0)}, "method.supervised.hyperparameters.n_epochs", None),
     (lambda client: {"hyperparameters": {"n_epochs": 2.5}}, "hyperparameters.n_epochs", "invalid_type"),
     (lambda client: {"hyperparameters": {"n_epochs": 2}, "method": supervised(n_epochs=3)}, "hyperparameters", None),
@@ -244,7 +254,14 @@ def test_a_retried_create_makes_no_second_job(client: openai.OpenAI) -> None:
 
     first = send("0")
     assert send("1") == first == send("2")
-    assert send("0") != first  # meant to be a second one
+    second = send("0")
+    assert second != first  # meant to be a second one
+    job = create(client, method=LONG, suffix="twice")
+    client.fine_tuning.jobs.cancel(job.id)
+    third = client.fine_tuning.jobs.create(model=BASE, training_file=job.training_file, method=LONG, suffix="twice",
+                                           extra_headers={"x-stainless-retry-count": "1"})
+    client.fine_tuning.jobs.cancel(third.id)
+    assert third.id != job.id  # the cancelled one was known to the client, so this is no repeated try of it
 
 
 def test_an_unknown_job_is_not_found(client: openai.OpenAI) -> None:

@@ -18,7 +18,7 @@ from labkit.service.store import Store
 
 
 def test_a_mark_happens_once(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = Store(tmp_path).of("someone")
     assert store.add("event", objects.event("one"), "job", mark="step:1")
     assert not store.add("event", objects.event("one again"), "job", mark="step:1")
     assert store.add("event", objects.event("of another"), "other", mark="step:1")
@@ -26,7 +26,7 @@ def test_a_mark_happens_once(tmp_path: Path) -> None:
 
 
 def test_a_transaction_is_whole_or_nothing(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = Store(tmp_path).of("someone")
     with pytest.raises(ZeroDivisionError), store.transaction():
         store.add("event", objects.event("one"), "job")
         raise ZeroDivisionError
@@ -34,7 +34,7 @@ def test_a_transaction_is_whole_or_nothing(tmp_path: Path) -> None:
 
 
 def test_a_status_changes_only_from_where_it_may(tmp_path: Path) -> None:
-    store = Store(tmp_path)
+    store = Store(tmp_path).of("someone")
     store.add("job", {"id": "j", "status": "cancelled", "n": 1})
     assert store.change("job", "j", {"status": "running"}, expect=("queued",)) is None
     assert store.status("job", "j") == "cancelled"
@@ -44,11 +44,12 @@ def test_a_status_changes_only_from_where_it_may(tmp_path: Path) -> None:
 
 def test_what_a_crash_left_is_swept(tmp_path: Path) -> None:
     store = Store(tmp_path)
+    own = store.of("someone")
     for name in ("kept", "orphan"):
         (store.files / name).write_bytes(b"x")
-    store.add("file", objects.file("kept", "x", "user_data", 1))
-    store.add("job", {"id": "j", "status": "running", "finished_at": None}, inner={"model_id": "AAAA"})
-    store.add("model", {"id": "ft:x"}, inner={"folder": "BBBB"})
+    own.add("file", objects.file("kept", "x", "user_data", 1))
+    own.add("job", {"id": "j", "status": "running", "finished_at": None}, inner={"model_id": "AAAA"})
+    own.add("model", {"id": "ft:x"}, inner={"folder": "BBBB"})
     for folder in ("AAAA-ckpt-step-4", "BBBB", "CCCC"):
         (store.models / folder).mkdir()
     (store.incoming / "upload-1").write_bytes(b"half")
@@ -86,18 +87,23 @@ def test_auto_hyperparameters_follow_the_published_rule() -> None:
 
 
 def test_the_shipped_aliases_cover_openais_names(tmp_path: Path) -> None:
-    from labkit.service.app import ALIASES
-
-    models = Models(Store(tmp_path), "base", read_aliases(ALIASES))
+    models, store = Models("base", read_aliases(tmp_path)), Store(tmp_path).of("someone")
     for name in ("gpt-3.5-turbo", "gpt-4o-mini-2024-07-18", "gpt-4.1-nano-2025-04-14", "babbage-002", "davinci-002",
                  "ada", "babbage", "curie", "davinci"):
-        assert models.weights(name).alias and models.weights(name).folder is None
-    assert not models.weights("base").alias
+        weights = models.weights(name, store)
+        assert weights.alias and weights.folder is None
+    assert not models.weights("base", store).alias
     with pytest.raises(ApiError):
-        models.weights("gpt-neo")
-    (tmp_path / "broken.json").write_text('{"patterns": "gpt-4o"}')
+        models.weights("gpt-neo", store)
+
+
+def test_a_table_of_aliases_in_the_home_takes_the_place_of_the_shipped_one(tmp_path: Path) -> None:
+    (tmp_path / "model_aliases.json").write_text('{"patterns": ["my-*"]}')
+    models = Models("base", read_aliases(tmp_path))
+    assert models.is_alias("my-model") and not models.is_alias("gpt-4o")
+    (tmp_path / "model_aliases.json").write_text('{"patterns": "gpt-4o"}')
     with pytest.raises(LabkitError, match="patterns"):
-        read_aliases(tmp_path / "broken.json")
+        read_aliases(tmp_path)
 
 
 def ask(own: scheduler.Scheduler, answers: int = 1) -> Call:

@@ -111,6 +111,17 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
 
 
+def test_a_stop_waits_for_no_stream_and_leaves_the_job_to_be_resumed(own: RunningService) -> None:
+    job_id = start(own)
+    wait_until(lambda: at_step(own.client, job_id, 3))
+    stream = own.client.completions.create(model="tiny-llama", prompt="x", max_tokens=100, n=128, stream=True)
+    next(iter(stream))
+    assert own.stop() == 0
+    own.start()
+    assert own.client.fine_tuning.jobs.retrieve(job_id).status == "running"
+    own.client.fine_tuning.jobs.cancel(job_id)
+
+
 def test_a_worker_that_always_dies_fails_the_job(own: RunningService) -> None:
     job_id = start(own)
     for round in range(4):

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 from urllib.parse import urlsplit
 
 import openai
@@ -32,7 +33,8 @@ CASES = [
     ("POST", "/v1/completions", b"", {}, 400, "invalid_json"),
     ("POST", "/v1/completions", b"{}", {"Content_Type": "text/plain"}, 400, "invalid_json"),
     ("POST", "/v1/completions", b"{}", {}, 400, "missing_required_parameter"),
-    ("POST", "/v1/completions", b'{"a":' * 5000, {}, 400, None),
+    ("POST", "/v1/completions", b'{"a":' * 5000, {}, 400, "invalid_json"),
+    ("POST", "/v1/completions", b'{"a":' * 65 + b"1" + b"}" * 65, {}, 400, "invalid_json"),
     ("POST", "/v1/completions", b'{"model": "tiny-llama", "prompt": "\\ud800"}', {}, 400, "invalid_value"),
     ("POST", "/v1/completions", b'{"model": "tiny-llama", "temperature": NaN}', {}, 400, "invalid_value"),
     ("POST", "/v1/files", b"{}", {}, 400, "invalid_body"),
@@ -84,14 +86,26 @@ def test_request_ids_differ_and_stand_in_the_log(service: RunningService) -> Non
 def test_the_log_holds_no_key_and_no_text(service: RunningService) -> None:
     service.client.completions.create(model="tiny-llama", prompt="a very secret prompt", max_tokens=1)
     send(service, "POST", "/v1/completions", b'{"model": "tiny-llama", "prompt": "a very secret prompt", "bad": 1}')
+    send(service, "GET", f"/v1/models/{service.key}")  # as when a key is pasted into the base URL
     logged = service.log_file.read_text()
     assert service.key not in logged and "secret" not in logged and '"path": "/v1/completions"' in logged
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits; files have the rights of the user's data folder")
 def test_the_key_is_readable_by_its_owner_only(service: RunningService) -> None:
     path = service.home / "api_key"
     assert path.read_text().strip() == service.key and service.key.startswith("sk-local-")
     assert path.stat().st_mode & 0o077 == 0
+    for content in service.home.glob("service.db*"):
+        assert content.stat().st_mode & 0o077 == 0 and service.key.encode() not in content.read_bytes()
+    assert (service.home / "files").stat().st_mode & 0o077 == 0
+
+
+def test_no_web_page_may_call_unless_configured(service: RunningService) -> None:
+    asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "GET"}
+    for method, headers in (("OPTIONS", {**asked, "Authorization": ""}), ("GET", asked)):
+        _, _, received = send(service, method, "/v1/models", **headers)
+        assert not [name for name in received if name.lower().startswith("access-control")]
 
 
 def test_models_and_aliases(client: openai.OpenAI) -> None:

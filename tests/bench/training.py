@@ -1,0 +1,85 @@
+"""Rows on training: against one forward pass, against TRL, memory, and a second job on the same data."""
+
+import openai
+
+from labkit import assets
+from tests.bench import rivals, workload
+from tests.bench.sheet import Sheet
+from tests.bench.workload import Memory
+
+RUNS = 3
+TRL_EPOCHS = 4
+TRL_STEPS = 5  # timed steps where a whole run would take too long; the first one is left out
+
+
+def train(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
+    """300 posts of 128 tokens: the job, the same job again, one forward pass over the prompts."""
+    posts, held_out = workload.older(300), workload.younger(200)
+    rows = workload.examples(posts, 128)
+    cold, warm = [], []
+    for _ in range(RUNS):
+        workload.forget_prompts()
+        spent, done = workload.timed_job(client, rows)
+        cold.append(spent)
+        warm.append(workload.timed_job(client, rows)[0])
+    floor = rivals.run("forward", folder=str(assets.base_model()), dtype=dtype, prompts=[r["prompt"] for r in rows],
+                       runs=RUNS)
+    job = sheet.figure("train", "job, 300 posts x 128 tokens", cold, "s", f"{done.trained_tokens:,} trained tokens")
+    again = sheet.figure("train", "the same job again", warm, "s")
+    one = sheet.figure("train", "one forward pass over its prompts", floor["seconds"], "s",
+                       f"transformers, {dtype}, {floor['tokens']:,} tokens")
+    right = workload.accuracy(client, done.fine_tuned_model or "", held_out, 128)
+    sheet.figure("train", "accuracy, 200 by-date posts", right, "")
+    sheet.ratio("train", "job / forward pass", job / one, ("<=", 1.6))
+    sheet.ratio("train", "second job / first", again / job, ("<=", 0.25))
+
+
+def split(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
+    """The full split, 957 posts of 256 tokens: time against one forward pass, accuracy, memory."""
+    posts = workload.older()
+    size = int(len(posts) * 0.8)
+    rows = workload.examples(posts.head(size), 256)
+    workload.forget_prompts()
+    with Memory() as memory:
+        spent, done = workload.timed_job(client, rows)
+    floor = rivals.run("forward", folder=str(assets.base_model()), dtype=dtype, prompts=[r["prompt"] for r in rows],
+                       runs=1)
+    job = sheet.figure("split", f"job, {size} posts x 256 tokens", spent, "s")
+    one = sheet.figure("split", "one forward pass over its prompts", floor["seconds"], "s", f"transformers, {dtype}")
+    sheet.ratio("split", "job / forward pass", job / one, ("<=", 1.5))
+    sheet.ratio("split", "accuracy, held-out posts",
+                workload.accuracy(client, done.fine_tuned_model or "", posts.iloc[size:], 256), (">=", 0.97))
+    sheet.ratio("split", "peak resident memory of training, GB", memory.peak / 1e9, ("<=", 3.0))
+
+
+def trl(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
+    """TRL's SFTTrainer on the same 300 posts: in bfloat16 to the end (some ten minutes), as it comes for some steps."""
+    posts, held_out = workload.older(300), workload.younger(200)
+    rows, tests = workload.examples(posts, 128), workload.examples(held_out, 128)
+    workload.forget_prompts()
+    ours, done = workload.timed_job(client, rows)
+    right = workload.accuracy(client, done.fine_tuned_model or "", held_out, 128)
+    common = {"package": "trl", "folder": str(assets.base_model()), "rows": rows, "held_out": tests,
+              "epochs": TRL_EPOCHS}
+    plain = rivals.run("trl", dtype="float32", steps=TRL_STEPS, defaults=True, **common)
+    quick = rivals.run("trl", dtype="bfloat16", steps=0, defaults=False, **common)
+    sheet.figure("trl", "our job", ours, "s", f"accuracy {right:.3f}")
+    sheet.figure("trl", "TRL, bfloat16, 4 epochs", quick["seconds"], "s", f"accuracy {quick['accuracy']:.3f}")
+    sheet.figure("trl", "TRL as it comes (float32), 4 epochs", plain["seconds"], "s",
+                 f"from {plain['measured_steps']} steps' median")
+    reached = "" if right >= quick["accuracy"] else f"but ours ended at {right:.3f}, TRL at {quick['accuracy']:.3f}"
+    sheet.ratio("trl", "TRL bfloat16 / our job", quick["seconds"] / ours, (">=", 15), reached)
+    sheet.ratio("trl", "TRL as it comes / our job", plain["seconds"] / ours, (">=", 40), reached)
+
+
+def chat(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
+    """100 chats with answers of 150 tokens, three epochs, against TRL in bfloat16."""
+    rows = workload.chats(100, 150)
+    workload.forget_prompts()
+    ours, done = workload.timed_job(client, rows, n_epochs=3)
+    pairs = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in rows]
+    theirs = rivals.run("trl", "trl", folder=str(assets.base_model()), dtype="bfloat16", rows=pairs, held_out=[],
+                        epochs=3, steps=TRL_STEPS, defaults=False)
+    sheet.figure("chat", "our job", ours, "s", f"{done.trained_tokens:,} trained tokens")
+    sheet.figure("chat", "TRL, bfloat16", theirs["seconds"], "s", f"from {theirs['measured_steps']} steps' median")
+    sheet.ratio("chat", "TRL bfloat16 / our job", theirs["seconds"] / ours, (">=", 3))
