@@ -4,6 +4,7 @@
     posts = labkit.posts()                     the lab's data: baseball and hockey posts, a DataFrame
     labkit.check("01.2", answer)               whether an exercise is solved, with a hint where it is not
     labkit.quiz("01")                          the quiz of a notebook
+    labkit.prepare(file)                       what a training file lacks; fix="all" mends and writes it
     labkit.doctor()                            what is ready on this machine, and how to mend the rest
     labkit.watch(job)                          progress, time left and live loss curves
     labkit.metrics(job)                        a job's result file as a DataFrame
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from labkit.client.mistakes import mistakes as mistakes
     from labkit.client.runs import runs as runs
     from labkit.errors import LabkitError as LabkitError
+    from labkit.examples.prepare import prepare as prepare
     from labkit.lessons.exercises import check as check
     from labkit.lessons.quiz import quiz as quiz
 
@@ -60,6 +62,7 @@ _HOME_OF = {
     "plan": "labkit.client.iterate",
     "plot_losses": "labkit.client.jobs",
     "posts": "labkit.client.data",
+    "prepare": "labkit.examples.prepare",
     "quiz": "labkit.lessons.quiz",
     "runs": "labkit.client.runs",
     "split": "labkit.client.leakage",

@@ -1,4 +1,4 @@
-"""The `labkit` command: serve, stop, keys, lab, progress, cost, doctor."""
+"""The `labkit` command: serve, stop, keys, lab, progress, prepare, cost, doctor, kit."""
 
 import argparse
 import os
@@ -33,8 +33,10 @@ def _parser() -> argparse.ArgumentParser:
                "  labkit serve           the local service, for notebooks and scripts of your own\n"
                "  labkit stop            end a service that a notebook started\n"
                "  labkit keys add alice  a key for another person\n"
+               "  labkit prepare FILE    check, mend and split a training file\n"
                "  labkit cost FILE       what training and using a model costs\n"
-               "  labkit doctor          what is ready on this machine",
+               "  labkit doctor          what is ready on this machine\n"
+               "  labkit kit /media/usb  all that is needed to teach without network",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"labkit {__version__}")
@@ -70,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, "progress", _progress, "show which exercises are done", "  labkit progress")
 
+    from labkit.examples import command as prepare
+
+    prepare.add_arguments(_command(commands, "prepare", prepare.run, "check, mend and split a training file",
+                                   prepare.EXAMPLES))
+
     cost = _command(commands, "cost", _cost, "tell what training on a file costs, and using the model, before paying",
                     "  labkit cost train.jsonl\n  labkit cost train.jsonl --model gpt-4o-mini --requests 100000\n"
                     "  labkit cost train.jsonl --model ada --model curie --date 2023-03-01   as it was then\n"
@@ -83,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, "doctor", _doctor, "tell what is ready on this machine, what is not, and how to mend it",
              "  labkit doctor\n  labkit doctor > report.txt     exit code 1 if something has to be fixed")
+
+    kit = _command(commands, "kit", _kit, "gather all that is needed to teach without network in one folder",
+                   "  labkit kit /media/usb/course      course, model, data, packages for this platform\n"
+                   "  labkit kit kit --torch-index https://download.pytorch.org/whl/cpu    the small torch, on Linux\n"
+                   "An interrupted run goes on where it was; run it again after a change to renew the kit.")
+    kit.add_argument("folder", type=Path, metavar="DIR", help="the folder, made if it is not there")
+    kit.add_argument("--torch-index", metavar="URL", help="package index to take torch from (default: pip's own)")
     return parser
 
 
@@ -190,3 +204,9 @@ def _doctor(parsed: argparse.Namespace) -> int:
         print(line, flush=True)
         needed += line.state == "FIX"
     return 1 if needed else 0
+
+
+def _kit(parsed: argparse.Namespace) -> int:
+    from labkit import kit
+
+    return kit.gather(parsed.folder, parsed.torch_index)

@@ -203,7 +203,7 @@ def count_chat(messages: Sequence[dict[str, Any]], model: str | None = None) -> 
     (tool calls) counts as its JSON. Raises `AssetError`, `LabkitError`.
     """
     if encoding_of(model) == LOCAL:
-        return count(_render(messages, header=True), model)
+        return count(render(messages, header=True), model)
     texts, added = [], PER_REPLY
     for message in messages:
         added += PER_MESSAGE + (PER_NAME if message.get("name") else 0)
@@ -232,7 +232,8 @@ def count_example(example: Example, model: str | None = None) -> tuple[int, int]
     return prompts, sum(count(example.messages[index]["content"]) + end for index in turns)
 
 
-def _render(messages: Sequence[dict[str, Any]], header: bool) -> str:
+def render(messages: Sequence[dict[str, Any]], header: bool) -> str:
+    """A chat as the local model reads it; `header` adds the beginning of the next answer."""
     turns = [{**turn, "role": "system" if turn["role"] == "developer" else turn["role"]} for turn in messages]
     return _chat_template().render(messages=turns, add_generation_prompt=header, **_special())
 

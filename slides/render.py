@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -35,10 +36,13 @@ def marp() -> list[str]:
 
 
 def render(command: list[str], *options: str) -> None:
-    """Run Marp over the folder; ends with its own words if it fails."""
-    command = [*command, "--config-file", str(HERE / "marp.json"),  # no math: a dollar sign means money here
-               "--input-dir", str(HERE), "--output", str(BUILD / "slides"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", stdin=subprocess.DEVNULL)
+    """Run Marp over the decks, NN_*.md; ends with its own words if it fails."""
+    with tempfile.TemporaryDirectory() as decks:  # Marp takes one folder whole, and this one holds other pages, too
+        for deck in HERE.glob("[0-9]*.md"):
+            shutil.copy(deck, decks)
+        command = [*command, "--config-file", str(HERE / "marp.json"),  # no math: a dollar sign means money here
+                   "--input-dir", decks, "--output", str(BUILD / "slides"), *options]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", stdin=subprocess.DEVNULL)
     if done.returncode:
         sys.exit(f"Marp failed:\n{done.stdout}{done.stderr}")
 

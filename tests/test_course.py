@@ -21,6 +21,7 @@ NOTEBOOKS = paths.COURSE / "notebooks"
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
 LESSONS = [path for path in SOLUTIONS if exercises(path.name[:2])]
 DECKS = sorted((paths.COURSE / "slides").glob("[0-9]*.md"))
+GUIDE = paths.COURSE / "slides" / "INSTRUCTORS.md"
 FRAME = ("Exercises", "Quiz", "What we saw", "Next")  # the sections that every lesson ends with
 
 each_solution = pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
@@ -191,8 +192,9 @@ def test_slides_and_notebook_have_the_same_topics(path: Path) -> None:
 
 # Links and the README
 
-@pytest.mark.parametrize("path", [*SOLUTIONS, *sorted(NOTEBOOKS.glob("*.ipynb")), *DECKS, NOTEBOOKS / "README.md",
-                                  paths.COURSE / "README.md"], ids=lambda path: str(path.relative_to(paths.COURSE)))
+@pytest.mark.parametrize("path", [*SOLUTIONS, *sorted(NOTEBOOKS.glob("*.ipynb")), *DECKS, GUIDE,
+                                  NOTEBOOKS / "README.md", paths.COURSE / "README.md"],
+                         ids=lambda path: str(path.relative_to(paths.COURSE)))
 def test_links_lead_somewhere(path: Path) -> None:
     text = prose(read(path)) if path.suffix == ".ipynb" else path.read_text("utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -207,3 +209,17 @@ def test_the_readme_lists_the_course_with_its_minutes() -> None:
     for path in DECKS:
         stated = re.search(r"^(\d+) minutes ·", path.read_text("utf-8"), re.MULTILINE)
         assert stated and f"[{stated[1]} min](slides/{path.name})" in text
+
+
+def test_the_timetables_add_up_and_leave_time_for_the_decks() -> None:
+    """A row's slides take what its decks state, up to a quarter of an hour more; a part without a deck counts 40."""
+    decks = {path.name[:2]: re.search(r"^(\d+) minutes ·", path.read_text("utf-8"), re.MULTILINE) for path in DECKS}
+    tables = re.findall(r"^### .*: (\d+) minutes\n\n(.*?)\n\n", GUIDE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(tables) == 3
+    for total, table in tables:
+        rows = [[cell.strip() for cell in row.split("|")[1:4]] for row in table.splitlines()[2:]]
+        assert sum(int(minutes or 0) for row in rows for minutes in row[1:]) == int(total)
+        for parts, slides, _ in rows:
+            if slides:
+                stated = sum(int(found[1]) if (found := decks.get(part)) else 40 for part in parts.split(", "))
+                assert stated <= int(slides) <= stated + 15, f"{GUIDE.name}: {parts} take {stated} minutes"

@@ -67,6 +67,72 @@ WRONG: dict[str, list[Any]] = {
         lambda table, needed: min(  # right but for those level in tokens
             (name for name in table if table[name][0] >= needed), key=lambda name: table[name][1], default="none"),
     ],
+    "02.1": [
+        lambda price, tokens, epochs: price * tokens / 1e6,
+        lambda price, tokens, epochs: price * tokens * epochs / 1000,  # as if per 1,000
+        lambda price, tokens, epochs: round(price * tokens * epochs / 1e6),
+    ],
+    "02.2": [
+        lambda few, alone, base, tuned: alone < few,
+        lambda few, alone, base, tuned: tuned < base,
+        lambda few, alone, base, tuned: alone * tuned <= few * base,
+    ],
+    "02.3": [
+        lambda training, before, after: training / (before - after) if before > after else math.inf,
+        lambda training, before, after: math.ceil(training / before),
+        lambda training, before, after: math.ceil(training / abs(before - after)) if before != after else math.inf,
+        lambda training, before, after: training // (before - after) + 1 if before > after else math.inf,
+    ],
+    "02.4": [
+        lambda prompt, cached, output, *prices: (prompt * prices[0] + output * prices[2]) / 1e6,
+        lambda prompt, cached, output, *prices: (  # cached tokens on top
+            prompt * prices[0] + cached * prices[1] + output * prices[2]) / 1e6,
+        lambda prompt, cached, output, *prices: (  # short prompts cached as well
+            (prompt - cached) * prices[0] + cached * prices[1] + output * prices[2]) / 1e6,
+    ],
+    "02.5": [
+        lambda offers, prompt, per_day, days: min(  # whatever is switched off in between
+            offers, key=lambda name: offers[name][0] + offers[name][1] * prompt * per_day * days / 1e6),
+        lambda offers, prompt, per_day, days: min(
+            (name for name in offers if offers[name][2] >= days), key=lambda name: offers[name][0], default="none"),
+        lambda offers, prompt, per_day, days: max(offers, key=lambda name: offers[name][2]),
+    ],
+    "03.1": [
+        lambda prompt, completion, separator: {"messages": [
+            {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]},
+        lambda prompt, completion, separator: {"messages": [  # also where it stands inside
+            {"role": "user", "content": prompt.replace(separator, "")},
+            {"role": "assistant", "content": completion.removeprefix(" ")}]},
+        lambda prompt, completion, separator: {"messages": [  # more than the one space
+            {"role": "user", "content": prompt.removesuffix(separator)},
+            {"role": "assistant", "content": completion.strip()}]},
+        lambda prompt, completion, separator: [prompt, completion],
+    ],
+    "03.2": [
+        lambda typed, labels: typed if typed in labels else "unknown",
+        lambda typed, labels: next((label for label in labels if label.lower() == typed.strip().lower()), "unknown"),
+        lambda typed, labels: typed.strip(" .").lower(),
+        lambda typed, labels: next((name for name in labels if typed.strip(" .").lower() in name.lower()), "unknown"),
+    ],
+    "03.3": [
+        lambda prompt, completion, end: prompt + completion + [end],
+        lambda prompt, completion, end: [-100] * len(prompt) + completion,
+        lambda prompt, completion, end: [-100] * len(prompt) + completion + [-100],
+        lambda prompt, completion, end: [-100] * (len(prompt) - 1) + completion + [end],
+    ],
+    "03.4": [
+        lambda lengths, size: max(lengths) * len(lengths) - sum(lengths),
+        lambda lengths, size: sum(
+            max(lengths[i:i + size]) * size - sum(lengths[i:i + size]) for i in range(0, len(lengths), size)),
+        lambda lengths, size: sum(max(lengths[i:i + size]) for i in range(0, len(lengths), size)) * size,
+    ],
+    "03.5": [
+        lambda authors, share: list(range(math.ceil(share * len(authors)))),  # posts, not authors
+        lambda authors, share: list(range(len(authors))),
+        lambda authors, share: [i for i, name in enumerate(authors) if name == max(authors, key=authors.count)][:1],
+        lambda authors, share: [  # everyone but the busiest
+            i for i, name in enumerate(authors) if name != max(authors, key=authors.count)],
+    ],
     "05.1": [
         lambda truth, answers, label: sum(t == a == label for t, a in rows(truth, answers)) / truth.count(label),
         lambda truth, answers, label: sum(map(eq, truth, answers)) / len(truth),

@@ -13,7 +13,7 @@ import labkit
 ROOT = Path(labkit.__file__).parent.parent
 ROOMS = {"engine": ("engine",), "service": ("engine", "service"), "client": ("client",),
          "lessons": ("lessons",)}  # what each may import
-UPPER = ("cli", "lab", "checkup", "cost", "__main__")  # these stand above all rooms
+UPPER = ("cli", "lab", "checkup", "cost", "kit", "kit_install", "__main__")  # these stand above all rooms
 
 
 def imported(file: Path) -> set[str]:
