@@ -2,12 +2,15 @@
 
 import math
 import random
+import statistics
 from collections.abc import Callable
+from functools import partial
 from operator import eq
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import binomtest, t
 
 import labkit
 from labkit import assets, cli
@@ -22,6 +25,8 @@ class Answer:
         self.choices = [type("Choice", (), {"text": text})()]
         self.usage = type("Usage", (), {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens})()
 
+
+rows = partial(zip, strict=True)
 
 # What learners are likely to answer first, for every exercise.
 WRONG: dict[str, list[Any]] = {
@@ -127,6 +132,66 @@ WRONG: dict[str, list[Any]] = {
         lambda authors, share: [i for i, name in enumerate(authors) if name == max(authors, key=authors.count)][:1],
         lambda authors, share: [  # everyone but the busiest
             i for i, name in enumerate(authors) if name != max(authors, key=authors.count)],
+    ],
+    "05.1": [
+        lambda truth, answers, label: sum(t == a == label for t, a in rows(truth, answers)) / truth.count(label),
+        lambda truth, answers, label: sum(map(eq, truth, answers)) / len(truth),
+        lambda truth, answers, label: sum(t == a == label for t, a in rows(truth, answers)) / answers.count(label),
+    ],
+    "05.2": [
+        lambda truth, first, second: binomtest(sum(map(eq, truth, first)), len(truth)).pvalue,
+        lambda truth, first, second: binomtest(sum(map(eq, truth, first)),  # what both got right counts, too
+                                               sum(map(eq, truth, first)) + sum(map(eq, truth, second))).pvalue,
+        lambda truth, first, second: binomtest(sum(a == t != b for t, a, b in rows(truth, first, second)),
+                                               sum(a != b for a, b in rows(first, second))).pvalue,
+    ],
+    "05.3": [
+        lambda train, test: sum(pair in train for pair in test) / len(test),
+        lambda train, test: sum(dict(train).get(author) == label for author, label in test) / len(test),
+        lambda train, test: sum(author in dict(train) for author, _ in test) / len(test),
+    ],
+    "05.4": [
+        lambda p, T: p / T,
+        lambda p, T: p ** (1 / T),
+        lambda p, T: p ** T / (p ** T + (1 - p) ** T),
+    ],
+    "05.5": [
+        lambda sure, rights, wanted: max(sure),
+        lambda sure, rights, wanted: min(c for c, right in rows(sure, rights) if right),
+        lambda sure, rights, wanted: next(  # posts at the threshold itself are left out
+            c for c in sorted(sure) if sum(r for s, r in rows(sure, rights) if s > c)
+            >= wanted * sum(s > c for s in sure)),
+        lambda sure, rights, wanted: max((c for c in sure if sum(r for s, r in rows(sure, rights) if s >= c)
+                                          >= wanted * sum(s >= c for s in sure)), default=2),  # the highest
+    ],
+    "06.1": [
+        lambda settings, seeds: sum(map(len, settings.values())) * seeds,
+        lambda settings, seeds: math.prod(map(len, settings.values())),
+        lambda settings, seeds: math.prod(map(len, settings.values())) + seeds,
+        lambda settings, seeds: len(settings) * seeds,
+    ],
+    "06.2": [
+        lambda losses, patience: (len(losses), losses.index(min(losses)) + 1),
+        lambda losses, patience: (losses.index(min(losses)) + 1 + patience, losses.index(min(losses)) + 1),
+        lambda losses, patience: next(  # the first rise, whatever the patience
+            ((i + 1, i) for i in range(1, len(losses)) if losses[i] >= losses[i - 1]), (len(losses), len(losses))),
+    ],
+    "06.3": [
+        lambda found: 1.96 * statistics.stdev(found) / len(found) ** 0.5,
+        lambda found: t.ppf(0.975, len(found) - 1) * statistics.pstdev(found) / len(found) ** 0.5,
+        lambda found: t.ppf(0.975, len(found) - 1) * statistics.stdev(found),
+        lambda found: t.ppf(0.975, len(found)) * statistics.stdev(found) / len(found) ** 0.5,
+    ],
+    "06.4": [
+        lambda labels, shares, count: sorted(range(len(labels)), key=lambda i: max(shares[i].values()))[:count],
+        lambda labels, shares, count: sorted(range(len(labels)), key=lambda i: -shares[i][labels[i]])[:count],
+        lambda labels, shares, count: sorted(shares[i][labels[i]] for i in range(len(labels)))[:count],
+    ],
+    "06.5": [
+        lambda results: max(results, key=lambda name: statistics.mean(results[name])),
+        lambda results: max(results, key=lambda name: max(results[name])),
+        lambda results: min(results, key=lambda name: statistics.stdev(results[name])),
+        lambda results: next(name for name in results),
     ],
     "07.1": [
         lambda answers, labels: sum(map(eq, answers, labels)) / sum(a is not None for a in answers),
