@@ -8,8 +8,11 @@ from labkit.examples.rows import MINIMUM
 
 # The most tokens of an example by the beginning of a model's name; longer ones are cut at the end. Sources: OpenAI's
 # fine-tuning guide of 2023 (3.5) and of 2025 (4o, 4.1); the old tool for GPT-3; config.json of SmolLM2-135M-Instruct.
-LIMITS = {"gpt-4o": 65_536, "gpt-4.1": 65_536, "gpt-3.5": 4_096, "ada": 2_048, "babbage-002": 16_384,
-          "davinci-002": 16_384, "babbage": 2_048, "curie": 2_048, "davinci": 2_048, "smollm2": 8_192}
+# Not in these sources: babbage-002 and davinci-002.
+LIMITS: dict[str, int | None] = {
+    "gpt-4o": 65_536, "gpt-4.1": 65_536, "gpt-3.5": 4_096, "babbage-002": None, "davinci-002": None,
+    "ada": 2_048, "babbage": 2_048, "curie": 2_048, "davinci": 2_048, "smollm2": 8_192,
+}
 # code: severity, why it matters, what to do
 CATALOGUE = {
     "bom": ("warning", "Some readers take the mark for a part of the first line.", "Written without it."),
