@@ -217,6 +217,22 @@ def test_overlap_with_a_validation_file(tmp_path: Path) -> None:
     assert {row["reason"] for row in written(result, "set_aside")} == {"overlap", "near_overlap"}
 
 
+def test_examples_that_share_an_instruction_are_not_alike(tmp_path: Path) -> None:
+    lead = " ".join(f"rule {i} says that case {i * i} is for team {i % 7}" for i in range(20))
+    rows = [{**pair, "prompt": f"{lead}. Now: {pair['prompt']}"} for pair in pairs(40)]
+    again = {**rows[4], "prompt": rows[4]["prompt"].replace("saw", "Saw,")}
+    assert found(tmp_path, [*rows, again])["near_duplicates"] == 1
+
+
+def test_other_words_are_no_slips_of_the_pen(tmp_path: Path) -> None:
+    def labelled(rare: str, often: str) -> list[dict[str, Any]]:
+        return [{**pair, "completion": f" {rare if i % 40 == 0 else often}"} for i, pair in enumerate(pairs(200))]
+
+    for rare, often in (("irrelevant", "relevant"), ("group 12", "group 11")):
+        assert "label_spelling" not in found(tmp_path, labelled(rare, often))
+    assert found(tmp_path, labelled("relevent", "relevant"))["label_spelling"] == 5
+
+
 def test_validation_gets_the_separator_of_training(tmp_path: Path) -> None:
     train, valid = tmp_path / "t.jsonl", tmp_path / "v.jsonl"
     train.write_bytes(jsonl(pairs()))

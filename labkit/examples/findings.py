@@ -272,14 +272,18 @@ def frequent(counts: Counter[str]) -> list[str]:
 
 
 def spellings(counts: Counter[str], labels: list[str] | None) -> dict[str, str]:
-    """Labels that differ from a listed or more frequent one by case, space, punctuation, or a rare slip."""
+    """Labels that differ from a listed or more frequent one by case, space, punctuation, or a rare slip.
+
+    Slips are looked for within words only: "irrelevant" is no slip of "relevant", nor "unit 2" of "unit 1".
+    """
     ranked = list(labels or []) + [label for label, _ in counts.most_common() if label not in (labels or [])]
     chosen: dict[str, str] = {}
     wrong: dict[str, str] = {}
     for label in ranked:
         plain = "".join(sign for sign in label.casefold() if sign.isalnum()) or label
         if plain not in chosen:
-            close = get_close_matches(plain, chosen, 1, 0.85) if len(plain) >= 5 and len(chosen) <= 100 else []
+            worth = len(plain) >= 5 and len(chosen) <= 100 and plain.isalpha()
+            close = get_close_matches(plain, [one for one in chosen if one[:1] == plain[:1]], 1, 0.85) if worth else []
             listed = bool(close) and chosen[close[0]] in (labels or [])
             if not close or label in (labels or []) or not (listed or 20 * counts[label] <= counts[chosen[close[0]]]):
                 chosen[plain] = label

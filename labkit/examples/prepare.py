@@ -128,7 +128,7 @@ class _Work:
         self._first_bytes(finder, self.file)
         found = finder.all()
         if self.valid_file:
-            self.valid = self._scan(self.valid_file, self.valid_fixes)
+            self.valid = self._scan(self.valid_file, self.valid_fixes, self.train.boilerplate)
             labels = self.labels
             if labels is None and self.train.task == "classification" and self.train.labels:
                 labels = frequent(self.train.labels)
@@ -145,8 +145,8 @@ class _Work:
         if problem := first_bytes_problem(file):
             finder.add(problem.kind, problem.message, 1, [(1, problem.field)])
 
-    def _scan(self, file: Path, fixes: list[Fix]) -> Scan:
-        return scan(_rows(file, fixes), self.model, self.time_column, self.group_column)
+    def _scan(self, file: Path, fixes: list[Fix], boilerplate: np.ndarray | None = None) -> Scan:
+        return scan(_rows(file, fixes), self.model, self.time_column, self.group_column, boilerplate)
 
     def mend(self, fix: str | list[str] | Ask | None, to: str | None) -> list[Finding]:
         """Accept fixes until nothing that is wanted is left to mend; the findings that were mended."""

@@ -107,6 +107,7 @@ class Scan:
     inside: Spots = field(default_factory=Spots)  # the common prompt suffix again, inside prompts
     labels: Counter[str] | None = field(default_factory=Counter)
     rows: int = 0
+    boilerplate: np.ndarray | None = None  # pairs of words that many examples share
 
     @property
     def count(self) -> int:
@@ -135,9 +136,13 @@ class Scan:
 
 
 def scan(rows: Iterable[Row], model: str | None = None, time_column: str | None = None,
-         group_column: str | None = None) -> Scan:
-    """Read all rows once. `model` is whose tokens are counted (None: the local base model)."""
-    found, count = Scan(), TokenCounter(model)
+         group_column: str | None = None, boilerplate: np.ndarray | None = None) -> Scan:
+    """Read all rows once. `model` is whose tokens are counted (None: the local base model).
+
+    `boilerplate` is that of another scan whose sketches are to be compared with these; without
+    it, the first examples tell what many share.
+    """
+    found, count = Scan(boilerplate=boilerplate), TokenCounter(model)
     stream = iter(rows)
     while batch := list(islice(stream, BATCH)):
         _scan_batch(found, batch, count, time_column, group_column)
@@ -174,7 +179,10 @@ def _scan_batch(found: Scan, batch: list[Row], count: "TokenCounter", time_colum
     found.prompts.extend(hash(prompt) for prompt, _, _ in views)
     found.completions.extend(hash(completion) for _, completion, _ in views)
     found.tokens.extend(count(examples))
-    found.sketches += similar.sketches([text for _, _, text in views]).tobytes()
+    texts = [text for _, _, text in views]
+    if found.boilerplate is None:
+        found.boilerplate = similar.boilerplate(texts)
+    found.sketches += similar.sketches(texts, found.boilerplate).tobytes()
     _columns(found, kept, time_column, group_column)
     _privacy(found, views, lines)
     _labels(found, [completion for _, completion, _ in views])

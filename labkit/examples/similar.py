@@ -4,6 +4,8 @@ Two texts are near-duplicates when their sketches agree in at least `ALIKE` of t
 estimates the Jaccard similarity of their pairs of neighbouring words within about 0.06. Source:
 Broder, "On the resemblance and containment of documents", 1997; candidates come from bands of
 four places as in Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", chapter 3.
+What many texts share, such as an instruction in every prompt, would make all of them alike; it is
+left out of the comparison.
 """
 
 import re
@@ -13,6 +15,7 @@ import numpy as np
 
 PLACES, BAND, ALIKE = 48, 4, 0.8
 NEIGHBOURS = 3  # each text is compared with so many before it that share a band
+SHARED, FEW = 0.1, 5  # a pair in more than this share of the texts, and in more than so many, is boilerplate
 KNOWN_WORDS = 500_000  # remembered hashes of words; about 60 MB
 # One odd multiplier a place: the high bits of a product are a hash of their own (Dietzfelbinger et al., 1997).
 _factors = np.random.default_rng(1).integers(1 << 63, size=PLACES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -32,8 +35,34 @@ class _Hashes(dict[str, int]):
 _hashes = _Hashes()
 
 
-def sketches(texts: list[str]) -> np.ndarray:
-    """The sketch of each text: uint16 of shape [texts, PLACES]; case and punctuation do not count."""
+def boilerplate(texts: list[str]) -> np.ndarray:
+    """The pairs of words that many of the texts share: uint64, sorted."""
+    pairs, begins = _pairs(texts)
+    owner = np.repeat(np.arange(len(begins), dtype=np.uint64), np.diff([*begins, len(pairs)]))
+    once = np.unique(pairs ^ (owner * np.uint64(0x9E3779B97F4A7C15)), return_index=True)[1]  # once a text
+    found, counts = np.unique(pairs[once], return_counts=True)
+    return found[counts > max(FEW, SHARED * len(texts))]
+
+
+def sketches(texts: list[str], ignored: np.ndarray) -> np.ndarray:
+    """The sketch of each text: uint16 of shape [texts, PLACES]; case, punctuation and `ignored` pairs do not count.
+
+    A text that has nothing but ignored pairs is sketched whole.
+    """
+    pairs, begins = _pairs(texts)
+    if len(ignored):
+        at = np.minimum(np.searchsorted(ignored, pairs), len(ignored) - 1)
+        kept = ignored[at] != pairs
+        bare = np.maximum.reduceat(kept, begins)
+        kept |= np.repeat(~bare, np.diff([*begins, len(pairs)]))
+        begins = np.concatenate([[0], np.cumsum(np.add.reduceat(kept, begins, dtype=np.int64))[:-1]])
+        pairs = pairs[kept]
+    places = [np.minimum.reduceat((pairs * factor) >> np.uint64(32), begins) for factor in _factors]
+    return np.stack(places, axis=1).astype(np.uint16)
+
+
+def _pairs(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of neighbouring words of all texts, uint64 [n], and where each text's begin, int64 [texts]."""
     words: list[int] = []
     begins = []
     for text in texts:
@@ -46,9 +75,7 @@ def sketches(texts: list[str]) -> np.ndarray:
     second = np.append(first[1:], np.uint64(0))
     pairs = first * np.uint64(0x9E3779B97F4A7C15) + second
     pairs[ends] = pairs[ends - 1]
-    pairs = (pairs ^ (pairs >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    places = [np.minimum.reduceat((pairs * factor) >> np.uint64(32), begins) for factor in _factors]
-    return np.stack(places, axis=1).astype(np.uint16)
+    return (pairs ^ (pairs >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9), np.array(begins)
 
 
 def near_pairs(sketches: np.ndarray, same: np.ndarray | None = None) -> np.ndarray:
