@@ -124,7 +124,12 @@ def _table(lines: Iterator[str], delimiter: str) -> Iterator[Line]:
     before = csv.field_size_limit(1 << 30)
     try:
         reader = csv.reader(_chain(first, lines), delimiter=delimiter)
-        names = _names(next(reader, []))
+        try:
+            names = _names(next(reader, []))
+        except csv.Error as error:
+            yield 1, Problem(1, "", f"The line of column names cannot be read: {error}.",
+                             "Save the table as CSV anew, with line feeds.", kind="invalid_row"), ""
+            return
         while True:
             number = reader.line_num + 1
             try:
