@@ -112,7 +112,9 @@ def alive(pid: int) -> bool:
 
 
 def test_a_stop_waits_for_no_stream_and_leaves_the_job_to_be_resumed(own: RunningService) -> None:
-    job_id = start(own)
+    long = own.client.fine_tuning.jobs.create(model="tiny-llama", training_file=upload(own.client, posts()),
+                                              method=supervised(n_epochs=50, batch_size=1))
+    job_id = long.id
     wait_until(lambda: at_step(own.client, job_id, 3))
     stream = own.client.completions.create(model="tiny-llama", prompt="x", max_tokens=100, n=128, stream=True)
     next(iter(stream))
