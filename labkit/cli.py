@@ -42,25 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"labkit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    serve = _command(commands, "serve", _serve, "run the local service",
-                     "  labkit serve\n  labkit serve --port 0          any free port\n"
-                     "  labkit serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem   for a whole room\n"
-                     "  labkit serve --base-model ./gpt2   another model, in Hugging Face's format")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    serve.add_argument("--port", type=int, default=PORT, help=f"port (default: {PORT}; 0: any free one)")
-    serve.add_argument("--base-model", type=Path, metavar="FOLDER",
-                       help="a causal LM that transformers can load (default: SmolLM2-135M-Instruct)")
-    serve.add_argument("--idle-exit", type=float, metavar="MINUTES", help="end after so long without work")
-
-    serve.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate (PEM), to be reached over https")
-    serve.add_argument("--tls-key", type=Path, metavar="FILE", help="the certificate's private key (PEM)")
-    serve.add_argument("--insecure", action="store_true",
-                       help="let other machines in without TLS; anyone on the network can read along")
-    serve.add_argument("--allow-host", action="append", default=[], metavar="NAME",
-                       help="another name that clients call this machine by; may be repeated")
-    serve.add_argument("--allow-origin", action="append", default=[], metavar="URL",
-                       help="web pages that may call the service from a browser; may be repeated")
-
+    _serve_parser(commands)
     _command(commands, "stop", _stop, "end the running local service", "  labkit stop")
 
     _keys_parser(commands)
@@ -77,17 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_arguments(_command(commands, "prepare", prepare.run, "check, mend and split a training file",
                                    prepare.EXAMPLES))
 
-    cost = _command(commands, "cost", _cost, "tell what training on a file costs, and using the model, before paying",
-                    "  labkit cost train.jsonl\n  labkit cost train.jsonl --model gpt-4o-mini --requests 100000\n"
-                    "  labkit cost train.jsonl --model ada --model curie --date 2023-03-01   as it was then\n"
-                    "  labkit cost train.jsonl --json > cost.json")
-    cost.add_argument("file", type=Path, metavar="FILE", help="a training file (JSONL)")
-    cost.add_argument("--model", action="append", help="a model; may be repeated (default: all that can be trained)")
-    cost.add_argument("--date", metavar="YYYY-MM-DD", help="the day whose prices count (default: today)")
-    cost.add_argument("--epochs", type=int, help="epochs of training (default: OpenAI's auto rule)")
-    cost.add_argument("--requests", type=int, default=10_000, help="requests afterwards (default: 10000)")
-    cost.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-
+    _cost_parser(commands)
     _command(commands, "doctor", _doctor, "tell what is ready on this machine, what is not, and how to mend it",
              "  labkit doctor\n  labkit doctor > report.txt     exit code 1 if something has to be fixed")
 
@@ -98,6 +70,39 @@ def _parser() -> argparse.ArgumentParser:
     kit.add_argument("folder", type=Path, metavar="DIR", help="the folder, made if it is not there")
     kit.add_argument("--torch-index", metavar="URL", help="package index to take torch from (default: pip's own)")
     return parser
+
+
+def _serve_parser(commands) -> None:  # type: ignore[no-untyped-def]
+    serve = _command(commands, "serve", _serve, "run the local service",
+                     "  labkit serve\n  labkit serve --port 0          any free port\n"
+                     "  labkit serve --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem   for a whole room\n"
+                     "  labkit serve --base-model ./gpt2   another model, in Hugging Face's format")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    serve.add_argument("--port", type=int, default=PORT, help=f"port (default: {PORT}; 0: any free one)")
+    serve.add_argument("--base-model", type=Path, metavar="FOLDER",
+                       help="a causal LM that transformers can load (default: SmolLM2-135M-Instruct)")
+    serve.add_argument("--idle-exit", type=float, metavar="MINUTES", help="end after so long without work")
+    serve.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate (PEM), to be reached over https")
+    serve.add_argument("--tls-key", type=Path, metavar="FILE", help="the certificate's private key (PEM)")
+    serve.add_argument("--insecure", action="store_true",
+                       help="let other machines in without TLS; anyone on the network can read along")
+    serve.add_argument("--allow-host", action="append", default=[], metavar="NAME",
+                       help="another name that clients call this machine by; may be repeated")
+    serve.add_argument("--allow-origin", action="append", default=[], metavar="URL",
+                       help="web pages that may call the service from a browser; may be repeated")
+
+
+def _cost_parser(commands) -> None:  # type: ignore[no-untyped-def]
+    cost = _command(commands, "cost", _cost, "tell what training on a file costs, and using the model, before paying",
+                    "  labkit cost train.jsonl\n  labkit cost train.jsonl --model gpt-4o-mini --requests 100000\n"
+                    "  labkit cost train.jsonl --model ada --model curie --date 2023-03-01   as it was then\n"
+                    "  labkit cost train.jsonl --json > cost.json")
+    cost.add_argument("file", type=Path, metavar="FILE", help="a training file (JSONL)")
+    cost.add_argument("--model", action="append", help="a model; may be repeated (default: all that can be trained)")
+    cost.add_argument("--date", metavar="YYYY-MM-DD", help="the day whose prices count (default: today)")
+    cost.add_argument("--epochs", type=int, help="epochs of training (default: OpenAI's auto rule)")
+    cost.add_argument("--requests", type=int, default=10_000, help="requests afterwards (default: 10000)")
+    cost.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
 def _keys_parser(commands) -> None:  # type: ignore[no-untyped-def]
