@@ -92,7 +92,7 @@ class Trainer:
         self.training, self.validation = list(training), list(validation)
         self.weights = adapters.parameters(model, adapter)
         self.rate = LEARNING_RATE * settings.learning_rate_multiplier
-        self.optimizer = torch.optim.AdamW(self.weights, lr=self.rate, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=self.rate, weight_decay=0.01, fused=True)
         self.step = 0
         self.steps_per_epoch = math.ceil(len(self.training) / settings.batch_size)
         self.total = self.steps_per_epoch * settings.n_epochs
