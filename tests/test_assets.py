@@ -225,7 +225,9 @@ def test_two_processes_at_once(home: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends Ctrl-C to a whole console")
 def test_interrupt_leaves_nothing_half(home: Path) -> None:
-    process = run("from labkit import assets; assets.posts()")
+    # A shell has what it runs in the background ignore Ctrl-C, and the tests may be such a thing.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    process = run(f"{heeding}; from labkit import assets; assets.posts()")
     patience = time.monotonic() + 60
     while not list(home.glob("assets/posts/.making-*/requirement.txt")) and time.monotonic() < patience:
         time.sleep(0.01)
