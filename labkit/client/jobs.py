@@ -118,9 +118,9 @@ class _View:
         self._bar = Progress("starting", keep=True)
         self._figure, self._drawn = None, 0.0
         if in_notebook():
-            from IPython.display import HTML, display
+            from IPython.display import HTML, Image, display
 
-            self._figure = display(HTML(""), display_id=True)
+            self._figure, self._image = display(HTML(""), display_id=True), Image
 
     def show(self, job: FineTuningJob, events: list[Any]) -> None:
         """Draw the job as it stands."""
@@ -131,7 +131,9 @@ class _View:
         if self._figure and len(table) > 1 and (ended or time.monotonic() - self._drawn > REDRAW_SECONDS):
             picture = Figure(figsize=(7, 3.2), layout="constrained")
             plot_losses(table, picture.subplots())
-            self._figure.update(picture)
+            with io.BytesIO() as file:
+                picture.savefig(file, dpi=100)
+                self._figure.update(self._image(file.getvalue()))
             self._drawn = time.monotonic()
         if ended:
             self._bar.close()

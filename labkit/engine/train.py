@@ -122,7 +122,6 @@ class Trainer:
 
     def evaluate(self, examples: Sequence[Encoded]) -> tuple[float, float]:
         """Mean loss per completion token and share of tokens predicted right, without learning."""
-        self.model.network.eval()
         loss, right, count = 0.0, 0, 0
         ordered = sorted(examples, key=lambda example: example.tokens)
         with torch.no_grad():
@@ -186,7 +185,6 @@ class Trainer:
         pace = min(1.0, (self.step + 1) / max(1.0, WARMUP * self.total)) * 0.5 * (1 + math.cos(math.pi * done))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * pace
-        self.model.network.train()
         logits, targets = self._forward(batch)
         loss = cross_entropy(logits, targets)
         loss.backward()

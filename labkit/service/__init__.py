@@ -23,5 +23,5 @@
     scheduler.py   the one thread that owns the model and batches requests
     queue.py       in which order jobs are taken, and their places
     supervisor.py  the thread that starts, watches and restarts workers
-    worker.py      the process of one job: validate, or train
+    worker.py      a process that does jobs one after the other: validate, or train
 """

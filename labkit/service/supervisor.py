@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from labkit import paths
@@ -31,12 +31,13 @@ STATUSES = {"validate": ("validating_files",), "train": ("running", "queued")}
 
 @dataclass
 class Worker:
-    """A running process; `step` is where the job stood when it started."""
+    """A running process and its job, None between two; `step` is where the job stood when it was given."""
 
-    job_id: str
     process: "subprocess.Popen[bytes]"
-    step: int
+    job_id: str | None = None
+    step: int = 0
     cancelled_at: float | None = None
+    done: threading.Event = field(default_factory=threading.Event)  # the process has told so
 
 
 class Supervisor(threading.Thread):
@@ -79,15 +80,18 @@ class Supervisor(threading.Thread):
     def _tick(self, changed: bool) -> None:
         for slot in STATUSES:
             worker = self._workers.get(slot)
-            if worker and worker.process.poll() is None:
+            if worker and worker.process.poll() is not None:
+                del self._workers[slot]
+                self._ended(worker, worker.process.returncode)
+                changed = True
+            elif worker and worker.done.is_set():
+                self._ended(worker, 0)
+                changed = True
+            elif worker and worker.job_id:
                 self._kill_if_cancelled(worker)
                 continue
-            if worker:
-                del self._workers[slot]
-                self._ended(worker)
-                changed = True
             if row := self._next(slot):
-                self._start(slot, row)
+                self._give(slot, row)
         if changed:
             self._tidy()
             at_work = {worker.job_id for worker in self._workers.values()}
@@ -100,33 +104,50 @@ class Supervisor(threading.Thread):
                 return rows[0]
         return None
 
-    def _start(self, slot: str, row: Row) -> None:
-        command = [sys.executable, "-m", "labkit.service.worker", str(self.store.home), row.id, str(self.base)]
-        search = os.pathsep.join([str(paths.COURSE), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {"LABKIT_HOME": str(self.store.home), "PYTHONPATH": search}
+    def _give(self, slot: str, row: Row) -> None:
+        """Name a job to the slot's process, and start that if there is none."""
         folder = self.store.jobs / row.id
         folder.mkdir(exist_ok=True)
-        with open(folder / "worker.log", "ab") as output:
+        worker = self._workers.get(slot) or self._start(slot, folder / "worker.log")
+        worker.job_id, worker.step, worker.cancelled_at = row.id, row.inner["step"], None
+        worker.done.clear()
+        if _tell(worker, row.id):
+            queue.take(self.store, row, slot)
+            log("worker", job=row.id, task=slot, pid=worker.process.pid)
+
+    def _start(self, slot: str, output: Path) -> Worker:
+        command = [sys.executable, "-m", "labkit.service.worker", str(self.store.home), str(self.base)]
+        search = os.pathsep.join([str(paths.COURSE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"LABKIT_HOME": str(self.store.home), "PYTHONPATH": search}
+        with open(output, "ab") as errors:
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment,
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment,
                 creationflags=getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0) if slot == "train" else 0)
-        self._workers[slot] = Worker(row.id, process, row.inner["step"])
-        queue.take(self.store, row, slot)
-        log("worker", job=row.id, task=slot, pid=process.pid)
+        worker = self._workers[slot] = Worker(process)
+
+        def listen() -> None:
+            assert process.stdout is not None
+            for _ in process.stdout:
+                worker.done.set()
+                self.wake()
+
+        threading.Thread(target=listen, name=f"{slot} worker", daemon=True).start()
+        return worker
 
     def _kill_if_cancelled(self, worker: Worker) -> None:
-        if self.store.status("job", worker.job_id) != "cancelled":
+        if self.store.status("job", worker.job_id or "") != "cancelled":
             return
         worker.cancelled_at = worker.cancelled_at or time.monotonic()
         if time.monotonic() - worker.cancelled_at > CANCEL_SECONDS:
             worker.process.kill()
 
-    def _ended(self, worker: Worker) -> None:
-        row = self.store.get("job", worker.job_id)
-        code = worker.process.returncode
-        log("worker_ended", job=worker.job_id, code=code, status=row.body["status"] if row else None)
-        if worker.process.stdin:
-            worker.process.stdin.close()
+    def _ended(self, worker: Worker, code: int) -> None:
+        """A worker's job has ended, or its process has."""
+        job_id, worker.job_id = worker.job_id, None
+        worker.done.clear()
+        row = self.store.get("job", job_id) if job_id else None
+        if job_id:
+            log("worker_ended", job=job_id, code=code, status=row.body["status"] if row else None)
         if row is None or code == 0 or row.body["status"] not in objects.PENDING or row.body["status"] == "paused":
             return
         progress = row.inner["step"] > worker.step
@@ -161,15 +182,21 @@ class Supervisor(threading.Thread):
     def _stop_workers(self) -> None:
         deadline = time.monotonic() + STOP_SECONDS
         for worker in self._workers.values():
-            try:
-                assert worker.process.stdin is not None
-                worker.process.stdin.write(b"stop\n")
-                worker.process.stdin.flush()
-            except OSError:  # it has ended already
-                continue
+            _tell(worker, "stop")
         for worker in self._workers.values():
             try:
                 worker.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 worker.process.kill()
                 worker.process.wait()
+
+
+def _tell(worker: Worker, line: str) -> bool:
+    """Write a line to a worker; False if its process has ended."""
+    assert worker.process.stdin is not None
+    try:
+        worker.process.stdin.write(line.encode() + b"\n")
+        worker.process.stdin.flush()
+    except OSError:
+        return False
+    return True

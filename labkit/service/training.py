@@ -19,10 +19,10 @@ from typing import Any
 from labkit import examples, paths
 from labkit.engine import adapter as adapters
 from labkit.engine import encode, train
-from labkit.engine import model as models
 from labkit.engine.adapter import Adapter
 from labkit.engine.cache import PromptCache
 from labkit.engine.encode import Encoded
+from labkit.engine.model import BaseModel
 from labkit.examples import Completion, Example
 from labkit.service import objects
 from labkit.service.errors import JobError
@@ -42,8 +42,8 @@ MARKER = "complete.json"
 class Run:
     """One job from its queued state to its end, or to where it has to stop."""
 
-    def __init__(self, store: Store, row: Row, base: Path, stopping: threading.Event) -> None:
-        self.store, self.row, self.base, self.stopping = store, row, base, stopping
+    def __init__(self, store: Store, row: Row, model: BaseModel, stopping: threading.Event) -> None:
+        self.store, self.row, self.model, self.stopping = store, row, model, stopping
         self.id, self.inner = row.id, row.inner
         self.folder = store.jobs / row.id
         self.states = self.folder / "state"
@@ -51,12 +51,11 @@ class Run:
         self._finish: int | None = None  # estimated, in seconds since 1970
         self._flushed = self._saved = self._told = time.monotonic()
 
-    def run(self) -> None:
-        """Train until the end, or until the job is paused, cancelled, or the service shuts down."""
+    def run(self) -> bool:
+        """Train until the end (True), or until the job is paused, cancelled, or the service shuts down (False)."""
         if not self.store.change("job", self.id, {"status": "running"}, expect=("queued", "running")):
-            return
+            return False
         self.store.add("event", objects.event("Fine-tuning job started"), self.id, mark="started")
-        self.model = models.load(self.base)
         self.trainer = self._trainer()
         self._restore()
         self._began, self._first = time.monotonic(), self.trainer.step
@@ -73,8 +72,10 @@ class Run:
                 self._on_epoch(happening, last)
             # Between an epoch's last step and its checkpoint there is no stopping.
             if not (isinstance(happening, train.Step) and self._at_end_of_epoch()) and self._leave():
-                return
+                return False
         self._succeed()
+        adapters.remove(self.model, self.trainer.adapter)
+        return True
 
     # --- before the first step ---------------------------------------------------------------
 

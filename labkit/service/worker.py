@@ -1,19 +1,25 @@
-"""The process of one job: `python -m labkit.service.worker HOME JOB_ID BASE_FOLDER`.
+"""A process that does jobs: `python -m labkit.service.worker HOME BASE_FOLDER`.
 
-A job whose files are not validated yet is validated, and the process ends; the next one trains.
-All it finds goes straight into the database. It takes orders in two ways: it trains only while
-the job's status is "running", and its standard input says "stop" when the service shuts down.
-When that closes, the service has died, and the process ends at once: nothing trains orphaned.
+Its standard input names the jobs, a line each, and it answers each one that it has done with a
+line on its standard output. A job whose files are not validated yet is validated; the next time
+it is named it is trained. All that is found goes straight into the database. After a job that
+came to its end the process waits a while for another: torch and the model need not be loaded
+again. After any other it ends, so that nothing of it is left.
 
-Whatever happens, a restart goes on from the last whole training state to the same result.
+It takes orders in two ways: it trains only while the job's status is "running", and its standard
+input says "stop" when the service shuts down. When that closes, the service has died, and the
+process ends at once: nothing trains orphaned. Whatever happens, a restart goes on from the last
+whole training state to the same result.
 """
 
 import os
+import queue
 import signal
 import sys
 import threading
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from labkit import examples
 from labkit.errors import ContextError, DataError, LabkitError
@@ -23,40 +29,74 @@ from labkit.service.errors import JobError, from_exception
 from labkit.service.objects import Body
 from labkit.service.store import Row, Store
 
+if TYPE_CHECKING:
+    from labkit.engine.model import BaseModel
+
 BATCH_SIZE = 16  # "auto", or the number of examples if there are fewer
 MULTIPLIER = 1.0  # "auto"
+IDLE_SECONDS = 60.0  # to wait for another job, with the model in memory
 
 
-def main(home: Path, job_id: str, base: Path) -> None:
-    """Validate or train one job; an exception becomes the job's error."""
+def main(home: Path, base: Path) -> None:
+    """Do the jobs that standard input names, until none comes for `IDLE_SECONDS` or one is left unfinished."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal goes to all; the service decides
-    stopping = _listen()
-    store = Store(home)
-    row = store.get("job", job_id)
-    if row is None:
-        return
-    store = store.of(row.owner)  # who gets all that comes of the job
-    try:
-        if row.body["status"] == "validating_files":
-            validate(store, row)
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what a library prints must not be taken for an answer
+    orders, stopping = _listen()
+    worker = Worker(Store(home), base, stopping)
+    while not stopping.is_set():
+        try:
+            job_id = orders.get(timeout=IDLE_SECONDS)
+        except queue.Empty:
             return
-        if hasattr(os, "nice"):
-            os.nice(15)  # answering goes before training
-        from labkit.service.training import Run  # torch takes seconds to load, and validation needs none
+        if not job_id or not worker.do(job_id):
+            return
+        _log_to(Path(os.devnull))  # the job's folder may be removed now
+        os.write(answers, b"done\n")
 
-        Run(store, row, base, stopping).run()
-    except JobError as error:
-        fail(store, job_id, error)
-    except (DataError, ContextError) as error:
-        fail(store, job_id, JobError("invalid_training_file", str(error), "training_file"))
-    except LabkitError as error:
-        fail(store, job_id, JobError("model_unavailable", str(error)))
-    except Exception as error:
-        traceback.print_exc()
-        known = from_exception(error)
-        fail(store, job_id, JobError(known.code or "", known.message) if known else JobError(
-            "internal_error", f"Training stopped on an internal error ({type(error).__name__}). "
-            f"jobs/{job_id}/worker.log in the service's home folder tells more."))
+
+class Worker:
+    """Does one job after the other, keeping the model that the first one loads."""
+
+    def __init__(self, store: Store, base: Path, stopping: threading.Event) -> None:
+        self.store, self.base, self.stopping = store, base, stopping
+        self._model: BaseModel | None = None
+
+    def do(self, job_id: str) -> bool:
+        """Validate or train one job, and tell whether it came to its end; an exception becomes the job's error."""
+        row = self.store.get("job", job_id)
+        if row is None:
+            return False
+        _log_to(self.store.jobs / job_id / "worker.log")
+        store = self.store.of(row.owner)  # who gets all that comes of the job
+        try:
+            if row.body["status"] == "validating_files":
+                validate(store, row)
+                return True
+            return self._train(store, row)
+        except JobError as error:
+            fail(store, job_id, error)
+        except (DataError, ContextError) as error:
+            fail(store, job_id, JobError("invalid_training_file", str(error), "training_file"))
+        except LabkitError as error:
+            fail(store, job_id, JobError("model_unavailable", str(error)))
+        except Exception as error:
+            traceback.print_exc()
+            known = from_exception(error)
+            fail(store, job_id, JobError(known.code or "", known.message) if known else JobError(
+                "internal_error", f"Training stopped on an internal error ({type(error).__name__}). "
+                f"jobs/{job_id}/worker.log in the service's home folder tells more."))
+        return False
+
+    def _train(self, store: Store, row: Row) -> bool:
+        from labkit.engine import model as models  # torch takes seconds to load, and validation needs none
+        from labkit.service.training import Run
+
+        if self._model is None:
+            if hasattr(os, "nice"):
+                os.nice(15)  # answering goes before training
+            self._model = models.load(self.base)
+        return Run(store, row, self._model, self.stopping).run()
 
 
 def fail(store: Store, job_id: str, error: JobError) -> None:
@@ -105,25 +145,40 @@ def _checked(path: Path, param: str, minimum: int) -> Report:
     return report
 
 
-def _listen() -> threading.Event:
-    """An event that is set when the service says "stop". The process ends when the service is gone."""
+def _listen() -> tuple["queue.SimpleQueue[str]", threading.Event]:
+    """The jobs that are named, and an event that is set when the service says "stop".
+
+    "stop" is an empty name as well. The process ends when the service is gone.
+    """
+    orders: queue.SimpleQueue[str] = queue.SimpleQueue()
     stopping = threading.Event()
 
     def read() -> None:
         # os.read, not sys.stdin: a thread waiting in there would hold a lock that Python's own exit needs.
-        while piece := os.read(0, 64):
-            if b"stop" in piece:
-                stopping.set()
+        rest = b""
+        while piece := os.read(0, 4096):
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                if line == b"stop":
+                    stopping.set()
+                orders.put("" if line == b"stop" else line.decode())
         os._exit(1)  # not sys.exit: the main thread may be deep in a matrix product
 
     threading.Thread(target=read, daemon=True).start()
-    return stopping
+    return orders, stopping
+
+
+def _log_to(path: Path) -> None:
+    """Let this file take what is printed from now on."""
+    with open(path, "ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
 
 
 if __name__ == "__main__":
     code = 1
     try:
-        main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
         code = 0
     except Exception:
         traceback.print_exc()

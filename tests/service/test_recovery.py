@@ -79,6 +79,13 @@ def test_kills_and_a_torn_state_change_nothing(own: RunningService, undisturbed:
     assert steps == undisturbed[2]
 
 
+def test_one_process_trains_job_after_job_to_the_same_result(own: RunningService, undisturbed: Outcome) -> None:
+    first, second = start(own), start(own)
+    assert outcome(own, first) == outcome(own, second) == undisturbed
+    assert worker(own, first) == worker(own, second)
+    assert not (own.home / "jobs" / first).exists()  # its folder goes, although the process lives
+
+
 def test_a_pause_and_a_clean_stop_change_nothing(own: RunningService, undisturbed: Outcome) -> None:
     job_id = start(own)
     wait_until(lambda: at_step(own.client, job_id, 18))
