@@ -133,10 +133,19 @@ class _View:
             plot_losses(table, picture.subplots())
             with io.BytesIO() as file:
                 picture.savefig(file, dpi=100)
-                self._figure.update(self._image(file.getvalue()))
+                self._figure.update(self._image(file.getvalue(), alt=_in_words(table)))
             self._drawn = time.monotonic()
         if ended:
             self._bar.close()
+
+
+def _in_words(table: pd.DataFrame) -> str:
+    """The curves for those who cannot see them."""
+    text = (f"Loss against the step, on a logarithmic scale: training from {table['train_loss'].iloc[0]:.3g} "
+            f"at step {table['step'].iloc[0]:.0f} to {table['train_loss'].iloc[-1]:.3g} at step "
+            f"{table['step'].iloc[-1]:.0f}")
+    valid = table["valid_loss"].dropna()
+    return text + (f", validation from {valid.iloc[0]:.3g} to {valid.iloc[-1]:.3g}." if len(valid) else ".")
 
 
 def _time_left(job: FineTuningJob) -> str:

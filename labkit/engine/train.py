@@ -103,7 +103,7 @@ class Trainer:
         torch.manual_seed(self.settings.seed + self.step)
         if self.adapter.start.activated:
             yield from self._prepare()
-        every = max(1, self.total // 10)
+        every = math.ceil(self.total / 10)
         while self.step < self.total:
             epoch, within = divmod(self.step, self.steps_per_epoch)
             batch = self._order(epoch)[within]
