@@ -216,21 +216,18 @@ def test_values_that_ask_for_nothing_pass(client: openai.OpenAI) -> None:
 LONG: Any = {"n": 16, "temperature": 1, "max_completion_tokens": 200, "logit_bias": {"2": -100}}
 
 
-def chat_log(service: RunningService, known: int) -> Any:
-    """The latest log line of a chat request, once there are more than `known`."""
-    lines = [line for line in service.log("request") if line["path"] == "/v1/chat/completions"]
-    return len(lines) > known and lines[-1]
+def logged(service: RunningService, **wanted: Any) -> Any:
+    """The log line of the request with these fields, once it is there; it is written after the answer."""
+    return wait_until(lambda: next((line for line in service.log("request")
+                                    if all(line.get(name) == value for name, value in wanted.items())), None))
 
 
 def test_a_client_that_leaves_stops_its_answer(client: openai.OpenAI, service: RunningService) -> None:
-    before = len([line for line in service.log("request") if line["path"] == "/v1/chat/completions"])
-    chat(client, **LONG)
-    whole = wait_until(lambda: chat_log(service, before))["ms"]
+    whole = logged(service, id=chat(client, **LONG)._request_id)["ms"]
     stream = chat(client, stream=True, **LONG)
     next(stream)
     stream.response.close()
-    left = wait_until(lambda: chat_log(service, before + 1))
-    assert left["ms"] < whole / 2
+    assert logged(service, id=stream.response.headers["x-request-id"])["ms"] < whole / 2
     address = urlsplit(service.url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port)
     body = json.dumps({"model": BASE, "messages": HELLO} | LONG)
@@ -238,8 +235,7 @@ def test_a_client_that_leaves_stops_its_answer(client: openai.OpenAI, service: R
                                                               "Content-Type": "application/json"})
     time.sleep(whole / 10_000)  # a tenth of the time that it would take
     connection.close()
-    left = wait_until(lambda: chat_log(service, before + 2))
-    assert left["ms"] < whole / 2 and left["status"] == 499
+    assert logged(service, status=499, path="/v1/chat/completions")["ms"] < whole / 2
     begin = time.perf_counter()
     complete(client, max_tokens=1)  # nothing that nobody waits for is in its way
     assert time.perf_counter() - begin < whole / 2000
