@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import openpyxl
+import psutil
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 from labkit import examples, tokens
 from labkit.cli import main
 from labkit.errors import DataError
+from labkit.examples.examine import TokenCounter
 from labkit.examples.prepare import Prepared, prepare
 from labkit.examples.report import histogram
-from labkit.examples.scan import TokenCounter
 from tests.conftest import jsonl
 from tests.test_assets import base_folder  # noqa: F401
 from tests.test_tokens import real_tokenizer  # noqa: F401
@@ -203,6 +204,43 @@ def test_splits_keep_what_they_promise(tmp_path: Path, split: str, by: str | Non
         ours, theirs = ({origin[row["prompt"]][by] for row in part} for part in (train, valid))
         assert max(ours) <= min(theirs) if split == "time" else not ours & theirs
     assert ("group_overlap" in codes(result)) == (split != "grouped")
+
+
+@pytest.mark.parametrize("split", ["random", "stratified"])
+def test_a_split_keeps_copies_together(tmp_path: Path, split: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(jsonl(pairs() * 3))
+    result = prepare(file, fix=["extra_columns"], split=split)
+    sides = [{row["prompt"] for row in written(result, part)} for part in ("train", "valid")]
+    assert all(sides) and not sides[0] & sides[1] and len(sides[0] | sides[1]) == 30
+    file.write_bytes(jsonl(pairs(1) * 30))
+    with pytest.raises(DataError, match="that differ"):
+        prepare(file, split=split)
+
+
+def test_a_fix_that_makes_a_line_too_long_for_the_service_is_noticed(tmp_path: Path) -> None:
+    rows = [{**row, "prompt": row["prompt"].removesuffix("\n\n###\n\n")} for row in pairs()]
+    spare = examples.MAX_LINE - len(jsonl([{**rows[5], "prompt": ""}]))
+    rows[5]["prompt"] = "x y " * (spare // 4)  # at most three bytes less than fit; a separator is longer
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(jsonl(rows))
+    assert not examples.check(file).problems
+    result = prepare(file, fix="all", model="gpt-4.1-mini")
+    assert not examples.check(result.outputs["train"]).problems
+    assert [row["reason"] for row in written(result, "set_aside")] == ["too_long"]
+
+
+def test_a_large_file_is_read_alike_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [*pairs(4_500), pairs()[4], {"prompt": "only"}, *changed(3, prompt="from a@example.org\n\n###\n\n")]
+    file.write_bytes(jsonl(rows))
+    alone = prepare(file)
+    monkeypatch.setattr("labkit.examples.scan.LARGE", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    several = prepare(file)
+    assert several.as_dict() == alone.as_dict() and (several.tokens == alone.tokens).all()
+    assert {"duplicates", "missing_field", "email_addresses", "near_duplicates"} <= codes(several).keys()
+    assert not [child for child in psutil.Process().children() if "popen_loky" in " ".join(child.cmdline())]
 
 
 def test_overlap_with_a_validation_file(tmp_path: Path) -> None:
