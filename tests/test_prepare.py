@@ -221,25 +221,27 @@ def test_a_split_keeps_copies_together(tmp_path: Path, split: str) -> None:
 def test_a_fix_that_makes_a_line_too_long_for_the_service_is_noticed(tmp_path: Path) -> None:
     rows = [{**row, "prompt": row["prompt"].removesuffix("\n\n###\n\n")} for row in pairs()]
     spare = examples.MAX_LINE - len(jsonl([{**rows[5], "prompt": ""}]))
-    rows[5]["prompt"] = "x y " * (spare // 4)  # at most three bytes less than fit; a separator is longer
+    rows[5]["prompt"] = "x y " * (spare // 4)  # at most three bytes less than fit
+    rows[4]["prompt"] += "\nand a line, so that the separator is one of lines, and longer"
     file = tmp_path / "rows.jsonl"
     file.write_bytes(jsonl(rows))
     assert not examples.check(file).problems
-    result = prepare(file, fix="all", model="gpt-4.1-mini")
+    assert not prepare(file, fix=["prompt_separator"]).outputs
+    result = prepare(file, fix=["prompt_separator", "too_long"])
     assert not examples.check(result.outputs["train"]).problems
     assert [row["reason"] for row in written(result, "set_aside")] == ["too_long"]
 
 
 def test_a_large_file_is_read_alike_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "rows.jsonl"
-    rows = [*pairs(4_500), pairs()[4], {"prompt": "only"}, *changed(3, prompt="from a@example.org\n\n###\n\n")]
-    file.write_bytes(jsonl(rows))
+    odd = [chats()[4], CASES["near_duplicates"][-1], {"messages": []}, *chat_of(("user", "a@example.org"))]
+    file.write_bytes(jsonl(chats(4_500) + odd + chats(60)[40:]))
     alone = prepare(file)
     monkeypatch.setattr("labkit.examples.scan.LARGE", 1)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     several = prepare(file)
     assert several.as_dict() == alone.as_dict() and (several.tokens == alone.tokens).all()
-    assert {"duplicates", "missing_field", "email_addresses", "near_duplicates"} <= codes(several).keys()
+    assert {"duplicates", "malformed", "no_assistant", "near_duplicates"} <= codes(several).keys()
     assert not [child for child in psutil.Process().children() if "popen_loky" in " ".join(child.cmdline())]
 
 
