@@ -13,7 +13,6 @@ a chat's format adds, which OpenAI has published as an approximation only.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from labkit import assets
+from labkit import assets, fast_count
 from labkit.errors import LabkitError
 from labkit.examples import Chat, Example
 
@@ -60,7 +59,7 @@ ENCODINGS = {
 # Tokens that OpenAI's chat format adds. Source: openai-cookbook, examples/Chat_finetuning_data_prep.ipynb, which
 # calls the result an approximation.
 PER_MESSAGE, PER_NAME, PER_REPLY = 3, 1, 3
-KNOWN_PIECES = 400_000  # remembered counts of words; about 60 MB
+MANY = 300_000  # characters, from which on it pays to prepare for fast counting, which takes 0.3 s
 
 
 def encoding_of(model: str | None) -> str:
@@ -102,17 +101,14 @@ def count(text: str, model: str | None = None) -> int:
 
 
 def count_many(texts: Iterable[str], model: str | None = None) -> list[int]:
-    """`count` of each text, quickly. Raises `AssetError`, `LabkitError`.
-
-    For the local model and GPT-3, whose tokens never reach over a word's end into the space after
-    it, every different word is counted once and remembered.
-    """
-    encoding = encoding_of(model)
-    if encoding in (LOCAL, "r50k_base"):
-        many = _count_words(encoding)
-        return many(texts)
-    backend = _openai(encoding)
-    return [backend.count(_clean(text)) for text in texts]
+    """`count` of each text, quickly: over 10 MB a second. Raises `AssetError`, `LabkitError`."""
+    encoding, clean = encoding_of(model), [_clean(text) for text in texts]
+    if encoding not in (LOCAL, "r50k_base"):
+        backend = _openai(encoding)
+        return [backend.count(text) for text in clean]
+    if sum(map(len, clean)) < MANY:
+        return [len(found) for found in _tokenizer(encoding).encode_batch_fast(clean, add_special_tokens=False)]
+    return _counter(encoding)(clean)
 
 
 def truncate(text: str, n: int, model: str | None = None) -> str:
@@ -296,36 +292,5 @@ def _clean(text: str) -> str:
 
 
 @lru_cache(maxsize=2)
-def _count_words(encoding: str) -> Callable[[Iterable[str]], list[int]]:
-    """Counts many texts by counting every different word once.
-
-    GPT-2's way of splitting text, which both encodings use, never joins a character that is no
-    space with a space after it. So a text may be split there, and its count is the sum. For a
-    base model of another kind nothing is split.
-    """
-    tokenizer = _tokenizer(encoding)
-    splits = re.compile(r"(?<=\S)(?=[ \n\r\t])").split if _splits_words(tokenizer) else lambda text: [text]
-    known: dict[str, int] = {}
-
-    def many(texts: Iterable[str]) -> list[int]:
-        words = [splits(_clean(text)) for text in texts]
-        fresh = list({word for text in words for word in text} - known.keys())
-        if len(known) + len(fresh) > KNOWN_PIECES:
-            known.clear()
-            fresh = list({word for text in words for word in text})
-        counted = tokenizer.encode_batch_fast(fresh, add_special_tokens=False)
-        known.update(zip(fresh, map(len, counted), strict=True))
-        return [sum(map(known.__getitem__, text)) for text in words]
-
-    return many
-
-
-def _splits_words(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer splits text by GPT-2's pattern, perhaps after splitting off the digits."""
-    whole = json.loads(tokenizer.to_str())
-    first = whole["pre_tokenizer"] or {}
-    steps = first.get("pretokenizers", [first])
-    return whole["normalizer"] is None and all(
-        step.get("type") == "Digits" or (
-            step.get("type") == "ByteLevel" and step.get("use_regex") and not step.get("add_prefix_space"))
-        for step in steps) and not any(token["lstrip"] or token["rstrip"] for token in whole["added_tokens"])
+def _counter(encoding: str) -> Callable[[list[str]], list[int]]:
+    return fast_count.counter(_tokenizer(encoding))

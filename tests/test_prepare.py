@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import openpyxl
+import psutil
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 
 from labkit import examples, tokens
 from labkit.cli import main
 from labkit.errors import DataError
+from labkit.examples.examine import TokenCounter
 from labkit.examples.prepare import Prepared, prepare
 from labkit.examples.report import histogram
-from labkit.examples.scan import TokenCounter
 from tests.conftest import jsonl
 from tests.test_assets import base_folder  # noqa: F401
 from tests.test_tokens import real_tokenizer  # noqa: F401
@@ -205,6 +204,45 @@ def test_splits_keep_what_they_promise(tmp_path: Path, split: str, by: str | Non
     assert ("group_overlap" in codes(result)) == (split != "grouped")
 
 
+@pytest.mark.parametrize("split", ["random", "stratified"])
+def test_a_split_keeps_copies_together(tmp_path: Path, split: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(jsonl(pairs() * 3))
+    result = prepare(file, fix=["extra_columns"], split=split)
+    sides = [{row["prompt"] for row in written(result, part)} for part in ("train", "valid")]
+    assert all(sides) and not sides[0] & sides[1] and len(sides[0] | sides[1]) == 30
+    file.write_bytes(jsonl(pairs(1) * 30))
+    with pytest.raises(DataError, match="that differ"):
+        prepare(file, split=split)
+
+
+def test_a_fix_that_makes_a_line_too_long_for_the_service_is_noticed(tmp_path: Path) -> None:
+    rows = [{**row, "prompt": row["prompt"].removesuffix("\n\n###\n\n")} for row in pairs()]
+    spare = examples.MAX_LINE - len(jsonl([{**rows[5], "prompt": ""}]))
+    rows[5]["prompt"] = "x y " * (spare // 4)  # at most three bytes less than fit
+    rows[4]["prompt"] += "\nand a line, so that the separator is one of lines, and longer"
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(jsonl(rows))
+    assert not examples.check(file).problems
+    assert not prepare(file, fix=["prompt_separator"]).outputs
+    result = prepare(file, fix=["prompt_separator", "too_long"])
+    assert not examples.check(result.outputs["train"]).problems
+    assert [row["reason"] for row in written(result, "set_aside")] == ["too_long"]
+
+
+def test_a_large_file_is_read_alike_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.jsonl"
+    odd = [chats()[4], CASES["near_duplicates"][-1], {"messages": []}, *chat_of(("user", "a@example.org"))]
+    file.write_bytes(jsonl(chats(4_500) + odd + chats(60)[40:]))
+    alone = prepare(file)
+    monkeypatch.setattr("labkit.examples.scan.LARGE", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    several = prepare(file)
+    assert several.as_dict() == alone.as_dict() and (several.tokens == alone.tokens).all()
+    assert {"duplicates", "malformed", "no_assistant", "near_duplicates"} <= codes(several).keys()
+    assert not [child for child in psutil.Process().children() if "popen_loky" in " ".join(child.cmdline())]
+
+
 def test_overlap_with_a_validation_file(tmp_path: Path) -> None:
     train, valid = tmp_path / "t.jsonl", tmp_path / "v.jsonl"
     near = {"messages": [{"role": "user", "content": "What is 7919 in words?  The 1th time"},
@@ -322,42 +360,3 @@ def test_tokens_are_those_of_the_whole_chat(tmp_path: Path) -> None:
     for row, count in zip(rows[:4], counted, strict=False):
         assert count == tokens.count(tokens.render(row["messages"], header=False))
     assert counted[-1] == sum(tokens.count(text) for text in rows[-1].values()) + 1
-
-
-# --- made-up input ---------------------------------------------------------------------------------
-
-GENTLE = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
-LOOSE = st.one_of(st.none(), st.integers(), st.text(max_size=5), st.lists(st.integers(), max_size=2))
-MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool", 3]),
-                                 "content": st.one_of(TEXT, LOOSE)}, optional={"weight": LOOSE, "tool_calls": LOOSE})
-ROW = st.one_of(
-    st.fixed_dictionaries({"prompt": TEXT, "completion": TEXT}, optional={"author": LOOSE}),
-    st.fixed_dictionaries({"messages": st.lists(MESSAGE, max_size=3)}),
-    st.fixed_dictionaries({"Prompt": st.one_of(TEXT, LOOSE), "completion": LOOSE}))
-
-
-@GENTLE
-@given(content=st.binary(max_size=300), ending=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".txt"]))
-@example(content=b"prompt\rcompletion", ending=".csv")  # the line ends of old Macs
-def test_any_bytes_give_findings(content: bytes, ending: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    file = tmp_path_factory.mktemp("any") / f"rows{ending}"
-    file.write_bytes(content)
-    result = prepare(file, fix="all")
-    assert result.findings and (not result.fit or not examples.check(result.outputs["train"]).problems)
-    assert file.read_bytes() == content and json.dumps(result.as_dict())
-
-
-@GENTLE
-@given(rows=st.lists(ROW, max_size=25), sound=st.sampled_from([pairs(15), chats(15)]))
-def test_prepared_is_valid_and_preparing_again_changes_nothing(
-        rows: list[Any], sound: list[Any], tmp_path_factory: pytest.TempPathFactory) -> None:
-    file = tmp_path_factory.mktemp("any") / "rows.jsonl"
-    file.write_bytes(jsonl(rows + sound))
-    once = prepare(file, fix="all")
-    if not once.fit:
-        return
-    assert not examples.check(once.outputs["train"]).problems
-    twice = prepare(once.outputs["train"], fix="all")
-    assert twice.outputs["train"].read_bytes() == once.outputs["train"].read_bytes()
-    assert "set_aside" not in twice.outputs

@@ -28,7 +28,7 @@ TEXTS = [
 
 
 def forget() -> None:
-    for cached in (tokens._tokenizer, tokens._count_words, tokens._chat_template, tokens._settings):
+    for cached in (tokens._tokenizer, tokens._counter, tokens._chat_template, tokens._settings):
         cached.cache_clear()
 
 
@@ -108,6 +108,32 @@ def test_a_model_of_unknown_encoding_is_named() -> None:
 def test_counting_many_texts_is_counting_each(texts: list[str]) -> None:
     for model in (None, "ada", "gpt-4o", "gpt-4"):
         assert tokens.count_many(texts, model) == [tokens.count(text, model) for text in texts]
+
+
+@pytest.mark.parametrize(("model", "last"), [(None, 0x33480), ("ada", 0x3000)])
+def test_fast_counts_are_those_of_the_tokenizer(model: str | None, last: int) -> None:
+    """Every token alone, and characters between letters, spaces and digits."""
+    tokenizer = tokens._tokenizer(tokens.encoding_of(model))
+    fast = tokens._counter(tokens.encoding_of(model))
+    assert "slowly" not in fast.__name__
+    texts = [tokenizer.decode([token], skip_special_tokens=False) for token in range(tokenizer.get_vocab_size())]
+    texts += [f"a{sign}b  {sign} {sign}{sign}1 '{sign}s\n" for sign in map(chr, range(last))
+              if not 0xD800 <= ord(sign) < 0xE000]
+    texts += [*TEXTS, *POSTS, "x" + " " * 200_000 + "y", "<|im_start|>a <|endoftext|>  <|im_end|> 1"]
+    exact = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    assert [text for text, count, found in zip(texts, fast(texts), exact, strict=True) if count != len(found)] == []
+    chance = random.Random(0)
+    words = [text for text in texts if text.isascii()]
+    mixed = ["".join(chance.choices(words, k=30)) for _ in range(500)]
+    assert fast(mixed) == [tokens.count(text, model) for text in mixed]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text() | st.text("ab'st 1  \n\r\t.,é😀日\u00a0\x1c\x85½<|im_start|>\x04", max_size=60), max_size=4))
+def test_fast_counts_of_made_up_texts(texts: list[str]) -> None:
+    clean = [tokens._clean(text) for text in texts]
+    for model in (None, "ada"):
+        assert tokens._counter(tokens.encoding_of(model))(clean) == [tokens.count(text, model) for text in clean]
 
 
 @pytest.mark.parametrize("model", [None, "ada", "gpt-4o", "gpt-4"])

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from labkit.examples.catalogue import CATALOGUE, LIMITS
+from labkit.examples.evidence import ENDINGS, SEPARATORS, Scan
 from labkit.examples.rows import MAX_LINES, MINIMUM
-from labkit.examples.scan import ENDINGS, SEPARATORS, Scan
 from labkit.examples.similar import near_pairs
 
 

@@ -4,7 +4,7 @@ They are named by the findings that they answer, applied in the order in which t
 and never change the file they read.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,24 @@ from typing import Any
 from labkit.examples import privacy
 from labkit.examples.catalogue import REPAIRS, SET_ASIDE
 from labkit.examples.findings import Finding
-from labkit.examples.formats import read
-from labkit.examples.rows import Chat, Completion, Problem, recognise
-from labkit.examples.scan import KEYS, Row, renamed
+from labkit.examples.formats import decoded, dump, lines
+from labkit.examples.rows import KEYS, MAX_LINE, Chat, Completion, Problem, recognise, renamed
 
 Change = Callable[[int, Any], Any]
+Row = tuple[int, int, Any, Any]  # place in the file from 0, line from 1, original row, row after the fixes
 SEPARATOR = "\n\n###\n\n"  # ends the prompts that a conversion makes
 
 
 @dataclass(frozen=True)
 class Fix:
-    """One accepted fix. `change` takes a row's place in the file and its content."""
+    """One accepted fix. `change` takes a row's place in the file and its content.
+
+    `drop` are the places of the rows that it sets aside, if it is one that does nothing else.
+    """
 
     code: str
     change: Change
+    drop: Any = None
 
 
 @dataclass(frozen=True)
@@ -38,32 +42,60 @@ class Gone:
     text: str
 
 
-def stream(path: Path, fixes: list[Fix]) -> Iterator[Row | Gone]:
-    """The rows of a file after the fixes, and those that are set aside. The original row goes with each."""
-    from labkit.examples.formats import dump
+def stream(path: Path, fixes: list[Fix], only: Callable[[int, int], bool] | None = None) -> Iterator[Row | Gone]:
+    """The rows of a file after the fixes, and those that are set aside. The original row goes with each.
 
-    repair = frozenset(fix.code for fix in fixes if fix.code in REPAIRS)
-    for index, (line, original, raw) in enumerate(read(path, repair)):
-        row = original
-        for fix in fixes:
-            row = fix.change(index, row)
-            if row is None:
-                text = raw if isinstance(original, Problem) else dump(original).decode("utf-8", "replace").rstrip()
-                yield Gone(index, line, fix.code, text)
-                break
+    `only` tells by place and line which rows are wanted.
+    """
+    repair = repairs(fixes)
+    for index, (line, content) in enumerate(lines(path, repair)):
+        if only and not only(index, line):
+            continue
+        original, raw = decoded(line, content, repair)
+        row, code = mended(fixes, index, original)
+        if row is None:
+            text = raw if isinstance(original, Problem) else dump(original).decode("utf-8", "replace").rstrip()
+            yield Gone(index, line, code, text)
         else:
             yield index, line, original, row
 
 
+def repairs(fixes: Iterable[Fix]) -> frozenset[str]:
+    """What is to be mended while reading."""
+    return frozenset(fix.code for fix in fixes if fix.code in REPAIRS)
+
+
+def mended(fixes: Iterable[Fix], index: int, row: Any) -> tuple[Any, str]:
+    """A row after the fixes; None, and the code of the fix that sets it aside."""
+    for fix in fixes:
+        row = fix.change(index, row)
+        if row is None:
+            return None, fix.code
+    return row, ""
+
+
+def too_large(row: Any, content: Any = None) -> bool:
+    """Whether a row would be written as more than `MAX_LINE` bytes, as after a fix that makes it longer.
+
+    `content` is what it was read from. Bytes far below the limit spare the measuring: neither the fixes
+    nor another way of writing numbers and letters makes them sixteen times as long.
+    """
+    if isinstance(content, bytes) and len(content) < MAX_LINE // 16:
+        return False
+    return len(dump(row)) > MAX_LINE
+
+
 def make(finding: Finding) -> Fix:
     """The fix that answers a finding."""
-    return Fix(finding.code, _change(finding))
+    return Fix(finding.code, _change(finding), finding.drop)
 
 
 def _change(finding: Finding) -> Change:
     code, values = finding.code, finding.values
     if code in REPAIRS:
         return _repair(code)
+    if code == "too_long":
+        return lambda index, row: None if _kind(row) == code or too_large(row) else row
     if code in SET_ASIDE:
         return lambda index, row: None if _kind(row) == code else row
     if finding.drop is not None:

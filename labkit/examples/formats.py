@@ -1,7 +1,7 @@
 """Reads JSONL, JSON, CSV, TSV, XLSX and TXT, one row at a time: a file may be larger than memory.
 
-`read` yields the line's number, its content (a `Problem` where it cannot be read) and, for such a
-line, what stood there, so that it can be set aside. A UTF-16 file is recognised and decoded.
+`lines` yields each line's number and content; `decoded` makes a row of it, or a `Problem` where it
+cannot be read and what stood there, so that it can be set aside. A UTF-16 file is recognised and decoded.
 """
 
 import codecs
@@ -16,13 +16,13 @@ import orjson
 from labkit.errors import DataError
 from labkit.examples.rows import BOM, MAX_LINE, Problem, decode, nested_too_deep, too_deep, too_long
 
-Line = tuple[int, Any, str]  # number (1-based), decoded content or Problem, what stood there if it is a Problem
+Line = tuple[int, Any]  # number (1-based), and what stands there: see `decoded`
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".xlsx", ".txt")
 BLOCK = 1 << 20  # characters read at a time from a JSON file
 
 
-def read(path: Path, repair: frozenset[str] = frozenset()) -> Iterator[Line]:
-    """Each row of a file. `repair` names the kinds of problem to mend on the way: not_utf8, null_bytes, bom.
+def lines(path: Path, repair: frozenset[str] = frozenset()) -> Iterator[Line]:
+    """Each row of a file, for `decoded`. `repair` names the kinds of problem to mend: not_utf8, null_bytes, bom.
 
     Raises `DataError` for a file that is missing or has an unknown ending, `OSError` if reading fails.
     """
@@ -36,14 +36,14 @@ def read(path: Path, repair: frozenset[str] = frozenset()) -> Iterator[Line]:
         return _xlsx(path)
     with open(path, "rb") as handle:
         utf16 = handle.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    lines = _transcoded(path) if utf16 else _binary_lines(path)
+    raw = _transcoded(path) if utf16 else _binary_lines(path)
     if ending in (".jsonl", ".ndjson"):
-        return _jsonl(lines, repair)
-    text = _text(lines, repair)
+        return ((number, line) for number, line in enumerate(raw, 1) if line.strip())
+    text = _text(raw, repair)
     if ending == ".json":
         return _json(text)
     if ending == ".txt":
-        return ((number, _sound({"prompt": "", "completion": line.rstrip("\r\n")}, number), line)
+        return ((number, _or_raw(_sound({"prompt": "", "completion": line.rstrip("\r\n")}, number), line))
                 for number, line in enumerate(text, 1) if line.strip())
     return _table(text, "\t" if ending == ".tsv" else ",")
 
@@ -75,16 +75,28 @@ def _transcoded(path: Path) -> Iterator[bytes]:
             yield line.encode("utf-8", "replace")
 
 
-def _jsonl(lines: Iterator[bytes], repair: frozenset[str]) -> Iterator[Line]:
-    for number, raw in enumerate(lines, 1):
-        if not raw.strip():
-            continue
-        row = too_long(number) if len(raw) > MAX_LINE else decode(raw, number)
-        if isinstance(row, Problem) and row.kind in repair:
-            raw = _repaired(raw, repair)
-            row = decode(raw, number) if raw.strip() else Problem(
-                number, "", "The line held nothing else.", "Remove it.", kind="invalid_json")
-        yield number, row, raw.decode("utf-8", "backslashreplace") if isinstance(row, Problem) else ""
+def decoded(number: int, content: Any, repair: frozenset[str]) -> tuple[Any, str]:
+    """The row of a line, or a `Problem` and the text that stood there, so that it can be set aside.
+
+    Lines of JSON come from `lines` as bytes, to be decoded by whoever needs them; all others are rows
+    already, or a `Problem` with its text.
+    """
+    if isinstance(content, tuple):
+        return content
+    if not isinstance(content, bytes):
+        return content, ""
+    row = too_long(number) if len(content) > MAX_LINE else decode(content, number)
+    if not isinstance(row, Problem):
+        return row, ""
+    if row.kind in repair:
+        content = _repaired(content, repair)
+        row = decode(content, number) if content.strip() else Problem(
+            number, "", "The line held nothing else.", "Remove it.", kind="invalid_json")
+    return row, content.decode("utf-8", "backslashreplace") if isinstance(row, Problem) else ""
+
+
+def _or_raw(row: Any, raw: str) -> Any:
+    return (row, raw) if isinstance(row, Problem) else row
 
 
 def _repaired(raw: bytes, repair: frozenset[str]) -> bytes:
@@ -128,7 +140,7 @@ def _table(lines: Iterator[str], delimiter: str) -> Iterator[Line]:
             names = _names(next(reader, []))
         except csv.Error as error:
             yield 1, Problem(1, "", f"The line of column names cannot be read: {error}.",
-                             "Save the table as CSV anew, with line feeds.", kind="invalid_row"), ""
+                             "Save the table as CSV anew, with line feeds.", kind="invalid_row")
             return
         while True:
             number = reader.line_num + 1
@@ -138,7 +150,7 @@ def _table(lines: Iterator[str], delimiter: str) -> Iterator[Line]:
                 return
             except csv.Error as error:
                 yield number, Problem(number, "", f"The row cannot be read: {error}.", "Mend its quotes.",
-                                      kind="invalid_row"), ""
+                                      kind="invalid_row")
                 continue
             if any(value.strip() for value in values):
                 yield _row(names, values, number, delimiter)
@@ -158,10 +170,11 @@ def _names(cells: list[str]) -> list[str]:
 def _row(names: list[str], values: list[str], number: int, delimiter: str) -> Line:
     raw = delimiter.join(values)
     if len(values) != len(names):
-        return number, Problem(number, "", f"The row has {len(values)} cells, but the first line names {len(names)}.",
-                               "Put text that holds the delimiter in double quotes.", kind="invalid_row"), raw
+        problem = Problem(number, "", f"The row has {len(values)} cells, but the first line names {len(names)}.",
+                          "Put text that holds the delimiter in double quotes.", kind="invalid_row")
+        return number, (problem, raw)
     row = _sound({name: _cell(value) for name, value in zip(names, values, strict=True)}, number)
-    return number, row, raw if isinstance(row, Problem) else ""
+    return number, _or_raw(row, raw)
 
 
 def _cell(value: str) -> Any:
@@ -196,16 +209,17 @@ def _json(lines: Iterator[str]) -> Iterator[Line]:
                 want = 2 * len(buffer)
                 continue
             at = getattr(error, "pos", 0)
-            yield line + buffer[:at].count("\n"), Problem(
-                line + buffer[:at].count("\n"), f"column {at - buffer.rfind(chr(10), 0, at)}",
+            here = line + buffer[:at].count("\n")
+            yield here, (Problem(
+                here, f"column {at - buffer.rfind(chr(10), 0, at)}",
                 "The JSON is not valid from here on.", "Mend it, or write one object a line (JSONL).",
-                kind="invalid_json"), buffer.encode("utf-8", "backslashreplace").decode()
+                kind="invalid_json"), buffer.encode("utf-8", "backslashreplace").decode())
             return
         if not ended and end == len(buffer):  # a number, for one, may go on
             want = 2 * len(buffer)
             continue
         for row in _unwrapped(value):
-            yield line, _sound(row, line) if isinstance(row, dict) else row, ""
+            yield line, _sound(row, line) if isinstance(row, dict) else row
         line, buffer, want = line + buffer[:end].count("\n"), buffer[end:], BLOCK
 
 
@@ -231,12 +245,12 @@ def _xlsx(path: Path) -> Iterator[Line]:
                 if any(value is not None for value in values):
                     row = dict(zip(names, ("" if value is None else _cell(str(value)) for value in values),
                                    strict=False))
-                    yield number, row, ""
+                    yield number, row
         finally:
             book.close()
     except Exception as error:  # a damaged archive or sheet: openpyxl, zipfile and the XML parser each raise their own
         yield 1, Problem(1, "", f"The workbook cannot be read ({type(error).__name__}: {error!s:.80}).",
-                         "Save it again as .xlsx, or as CSV.", kind="invalid_row"), ""
+                         "Save it again as .xlsx, or as CSV.", kind="invalid_row")
 
 
 def dump(row: Any) -> bytes:

@@ -15,15 +15,15 @@ from labkit import paths
 from labkit.errors import DataError
 from labkit.examples import fixes as mend
 from labkit.examples.catalogue import CATALOGUE
+from labkit.examples.evidence import Scan
 from labkit.examples.findings import Finder, Finding, frequent, token_limit
 from labkit.examples.fixes import Fix, Gone
 from labkit.examples.formats import dump, first_bytes_problem
-from labkit.examples.rows import MINIMUM
-from labkit.examples.scan import KEYS, Row, Scan, scan
+from labkit.examples.rows import KEYS, MINIMUM
+from labkit.examples.scan import scan
 from labkit.examples.split import METHODS, held_out, leaks
 
 ROUNDS = 10  # a fix may bring up another finding; each round reads the file again
-SHOW_PROGRESS = 20_000_000  # bytes of a file from which on a bar is shown
 Ask = Callable[[Finding, list[tuple[Any, Any]]], bool]  # the finding, and rows before and after its fix
 
 
@@ -146,7 +146,7 @@ class _Work:
             finder.add(problem.kind, problem.message, 1, [(1, problem.field)])
 
     def _scan(self, file: Path, fixes: list[Fix], boilerplate: np.ndarray | None = None) -> Scan:
-        return scan(_rows(file, fixes), self.model, self.time_column, self.group_column, boilerplate)
+        return scan(file, fixes, self.model, self.time_column, self.group_column, boilerplate)
 
     def mend(self, fix: str | list[str] | Ask | None, to: str | None) -> list[Finding]:
         """Accept fixes until nothing that is wanted is left to mend; the findings that were mended."""
@@ -194,8 +194,9 @@ class _Work:
         ours = finding.file == self.file.name
         file, fixes = (self.file, self.fixes) if ours or not self.valid_file else (self.valid_file, self.valid_fixes)
         made, shown = mend.make(finding), []
-        repaired = iter(mend.stream(file, [*fixes, made]))
-        for before in mend.stream(file, fixes):
+        only = _only(finding, count)
+        repaired = iter(mend.stream(file, [*fixes, made], only))
+        for before in mend.stream(file, fixes, only):
             after = next(repaired, None)
             if isinstance(before, Gone) or after is None:
                 continue
@@ -249,7 +250,7 @@ class _Work:
             if self.valid_file:
                 inputs.append((self.valid_file, self.valid_fixes, "valid"))
             for file, fixes, name in inputs:
-                for entry in _rows(file, fixes, everything=True):
+                for entry in mend.stream(file, fixes):
                     if not isinstance(entry, Gone) and name == "train" and entry[0] in self.dropped:
                         entry = Gone(entry[0], entry[1], self.dropped[entry[0]], dump(entry[2]).decode().rstrip())
                     if isinstance(entry, Gone):
@@ -264,15 +265,13 @@ class _Work:
         return targets
 
 
-def _rows(file: Path, fixes: list[Fix], everything: bool = False) -> Iterator[Any]:
-    """Rows after the fixes, with a progress bar for a large file; what was set aside only if `everything`."""
-    from tqdm import tqdm
-
-    stream: Iterator[Row | Gone] = mend.stream(file, fixes)
-    large = file.is_file() and file.stat().st_size > SHOW_PROGRESS
-    for entry in tqdm(stream, desc=file.name, unit=" rows", unit_scale=True, disable=None if large else True):
-        if everything or not isinstance(entry, Gone):
-            yield entry
+def _only(finding: Finding, count: int) -> Callable[[int, int], bool] | None:
+    """Which rows show a fix, where that is known, so that no others are decoded to find them."""
+    if finding.drop is not None:
+        first = set(finding.drop[:count].tolist())
+        return lambda index, line: index in first
+    lines = {line for line, _ in finding.places}
+    return (lambda index, line: line in lines) if lines else None
 
 
 def _names(file: Path, parts: tuple[str, ...]) -> dict[str, Path]:

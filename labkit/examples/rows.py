@@ -6,12 +6,8 @@ OpenAI's fine-tuning guides): prompt/completion, chat `messages` whose assistant
 `weight` 0 or 1, and preference pairs. The first two can be trained here, without tools.
 """
 
-import io
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -24,6 +20,9 @@ MAX_DEPTH = 64  # lists and objects within each other
 ROLES = ("system", "developer", "user", "assistant")
 TOOL_ROLES = ("tool", "function")  # hosted providers only
 TOOL_KEYS = ("tools", "functions")
+KEYS = {"completion": {"prompt", "completion"},
+        "chat": {"messages", "tools", "functions", "parallel_tool_calls"},
+        "preference": {"input", "preferred_output", "non_preferred_output"}}
 
 
 @dataclass(frozen=True)
@@ -78,82 +77,6 @@ class Problem:
         return f"{place}{self.message} {self.fix}"
 
 
-@dataclass
-class Report:
-    """The examples of a file and all that is wrong with it."""
-
-    examples: list[Example] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-    @property
-    def kind(self) -> str:
-        """`"completion"`, `"chat"` or, for a file without examples, `"none"`."""
-        if not self.examples:
-            return "none"
-        return "chat" if isinstance(self.examples[0], Chat) else "completion"
-
-    def __str__(self) -> str:
-        if not self.problems:
-            return f"{len(self.examples)} {self.kind} examples, no problems found"
-        shown = "\n".join(f"- {problem}" for problem in self.problems[:10])
-        more = f"\n- and {len(self.problems) - 10} more" if len(self.problems) > 10 else ""
-        return f"{len(self.problems)} problem(s):\n{shown}{more}"
-
-
-def check(source: Path | str | bytes | Iterable[dict[str, Any]], minimum: int = MINIMUM) -> Report:
-    """Read a training or validation file and find what a fine-tuning job would refuse.
-
-    `source` is a path, the bytes of a file, or examples as dictionaries. `minimum` is the least
-    number of examples (10 for a training file, 1 for validation). Raises `OSError` when the
-    path cannot be read; all other trouble is a `Problem` in the report.
-    """
-    report = Report()
-    for number, row in _rows(source):
-        found = row if isinstance(row, Problem) else parse(row, number)
-        if isinstance(found, Problem):
-            report.problems.append(found)
-        else:
-            report.examples.append(found)
-    kinds = Counter(type(example) for example in report.examples)
-    if len(kinds) > 1:
-        report.problems.append(Problem(
-            0, "", "The file mixes prompt/completion and chat examples.", "Keep one of the two forms.",
-            kind="mixed_forms"))
-    if not report.problems and len(report.examples) < minimum:
-        report.problems.append(Problem(
-            0, "", f"The file has {len(report.examples)} example(s), but the minimum is {minimum}.",
-            "Add more; 50 to 100 are a sensible start.", "invalid_n_examples", "too_few"))
-    return report
-
-
-def first_unreadable(path: Path) -> Problem | None:
-    """The first line that is not a JSON object, or an empty file: what an upload refuses at once."""
-    number = 0
-    for number, row in _rows(path):
-        if isinstance(row, Problem):
-            return row
-        if not isinstance(row, dict):
-            return _not_an_object(row, number)
-    return None if number else Problem(0, "", "The file is empty.", "Write one JSON object a line.")
-
-
-def _rows(source: Path | str | bytes | Iterable[dict[str, Any]]) -> Iterator[tuple[int, Any]]:
-    """Number and content of each non-blank line; a `Problem` in place of one that cannot be read."""
-    if not isinstance(source, Path | str | bytes):
-        yield from enumerate(source, 1)
-        return
-    for number, raw in enumerate(_lines(source), 1):
-        if number > MAX_LINES:
-            yield number, Problem(0, "", f"The file has more than {MAX_LINES:,} lines.", "Train on fewer examples.")
-            return
-        if len(raw) > MAX_LINE:  # no further: it is only the beginning of the line
-            yield number, too_long(number)
-            return
-        raw = raw.removeprefix(BOM) if number == 1 else raw
-        if raw.strip():
-            yield number, decode(raw, number)
-
-
 def decode(raw: bytes, line: int) -> Any:
     """The JSON value of one line, or a `Problem` with the column."""
     try:
@@ -161,7 +84,8 @@ def decode(raw: bytes, line: int) -> Any:
             row = orjson.loads(raw)
         except ValueError:  # or it is one of the things that only Python's own reader takes, such as NaN
             row = json.loads(raw.decode())
-        return nested_too_deep(line) if too_deep(row) else row
+        deep = raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and too_deep(row)
+        return nested_too_deep(line) if deep else row
     except UnicodeDecodeError as error:
         return Problem(line, f"byte {error.start + 1}", "The line is not UTF-8 text.", "Save the file as UTF-8.",
                        kind="not_utf8")
@@ -174,13 +98,6 @@ def decode(raw: bytes, line: int) -> Any:
             line, column, "The line is not valid JSON.",
             "Every line must be one whole JSON object, such as {\"prompt\": \"…\", \"completion\": \" …\"}.",
             kind="invalid_json")
-
-
-def _lines(source: Path | str | bytes) -> Iterator[bytes]:
-    """A file's lines, one at a time: it may be larger than memory. Of a line beyond `MAX_LINE` comes the beginning."""
-    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as handle:
-        while line := handle.readline(MAX_LINE + 1):
-            yield line
 
 
 def too_long(line: int) -> Problem:
@@ -234,7 +151,7 @@ def parse(row: Any, line: int = 0) -> Example | Problem:
 def recognise(row: Any, line: int = 0) -> Completion | Chat | Preference | Problem:
     """Turn one decoded line into an example of any form that OpenAI trains on, or say what is wrong with it."""
     if not isinstance(row, dict):
-        return _not_an_object(row, line)
+        return not_an_object(row, line)
     if "preferred_output" in row or "non_preferred_output" in row:
         return _parse_preference(row, line)
     if "messages" in row:
@@ -253,7 +170,8 @@ def recognise(row: Any, line: int = 0) -> Completion | Chat | Preference | Probl
         or Completion(row["prompt"], row["completion"])
 
 
-def _not_an_object(row: Any, line: int) -> Problem:
+def not_an_object(row: Any, line: int) -> Problem:
+    """The problem of a row that is a list, a number or the like."""
     return Problem(line, "", f"The line is a JSON {_json_type(row)}, not an object.",
                    "Write {\"prompt\": …, \"completion\": …} or {\"messages\": […]}.", kind="not_an_object")
 
@@ -335,6 +253,14 @@ def _message_problem(message: Any, line: int, where: str) -> Problem | None:
     if "weight" in message and role != "assistant":
         return Problem(line, f"{where}.weight", "Only assistant messages carry a weight.", "Remove it.", kind="weight")
     return _clean_text(line, f"{where}.content", content) if isinstance(content, str) else None
+
+
+def renamed(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with `Prompt`, `COMPLETION` … in lower case, where that does not hide another field."""
+    known = {"prompt", "completion", "messages"}
+    plain = {name: str(name).strip().lower() for name in row}
+    return {plain[name] if plain[name] in known and plain[name] not in row else name: value
+            for name, value in row.items()}
 
 
 def order_problem(messages: tuple[dict[str, str], ...]) -> tuple[str, str] | None:

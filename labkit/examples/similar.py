@@ -16,23 +16,16 @@ import numpy as np
 PLACES, BAND, ALIKE = 48, 4, 0.8
 NEIGHBOURS = 3  # each text is compared with so many before it that share a band
 SHARED, FEW = 0.1, 5  # a pair in more than this share of the texts, and in more than so many, is boilerplate
-KNOWN_WORDS = 500_000  # remembered hashes of words; about 60 MB
 # One odd multiplier a place: the high bits of a product are a hash of their own (Dietzfelbinger et al., 1997).
 _factors = np.random.default_rng(1).integers(1 << 63, size=PLACES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-_words = re.compile(r"\w+").findall
+_words, _ascii_words = re.compile(r"\w+").findall, re.compile(rb"\w+").findall
 
 
-class _Hashes(dict[str, int]):
-    """The hash of each word, computed once. Python's own differs from one run to the next."""
-
-    def __missing__(self, word: str) -> int:
-        if len(self) >= KNOWN_WORDS:
-            self.clear()
-        self[word] = value = crc32(word.encode("utf-8", "replace"))
-        return value
-
-
-_hashes = _Hashes()
+def _hashes(text: str) -> list[int]:
+    """The hash of each word. Python's own differs from one run to the next."""
+    if text.isascii():
+        return list(map(crc32, _ascii_words(text.lower().encode()) or [text.encode()]))
+    return [crc32(word.encode("utf-8", "replace")) for word in _words(text.lower()) or [text]]
 
 
 def boilerplate(texts: list[str]) -> np.ndarray:
@@ -67,7 +60,7 @@ def _pairs(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     begins = []
     for text in texts:
         begins.append(len(words))
-        mine = list(map(_hashes.__getitem__, _words(text.lower()) or [text]))
+        mine = _hashes(text)
         words += mine if len(mine) > 1 else 2 * mine
     first = np.array(words, dtype=np.uint64)
     # Pairs of neighbours; the pair that would reach into the next text repeats the one before it.

@@ -3,8 +3,8 @@
 import numpy as np
 
 from labkit.errors import DataError
+from labkit.examples.evidence import Scan
 from labkit.examples.findings import Finder
-from labkit.examples.scan import Scan
 from labkit.examples.similar import near_pairs
 
 METHODS = ("random", "stratified", "grouped", "time")
@@ -15,19 +15,21 @@ def held_out(scan: Scan, method: str, by: str | None = None, share: float | None
 
     `share` is the part held out, by default the old tool's: a fifth, but at most 1,000 examples.
     "stratified" keeps the shares of the completions, "grouped" keeps rows with an equal value of
-    column `by` together, "time" holds out the latest by column `by`. Raises `DataError`.
+    column `by` together, "time" holds out the latest by column `by`. The first two keep equal
+    examples together, too, so that duplicates make their parts somewhat larger or smaller.
+    Raises `DataError`.
     """
     count = scan.count
     wanted = min(1_000, count // 5) if share is None else round(share * count)
+    refusal = DataError(f"{count} examples cannot be split into training and {wanted} for validation. "
+                        f"Add examples that differ, or choose another --share.")
     if not 0 < wanted < count:
-        raise DataError(f"{count} examples cannot be split into training and {wanted} for validation. "
-                        f"Add examples, or choose another --share.")
+        raise refusal
     order = np.random.default_rng(seed).permutation(count)
     chosen = np.zeros(count, dtype=bool)
-    if method == "random":
-        chosen[order[:wanted]] = True
-    elif method == "stratified":
-        chosen[_stratified(scan.completions, order, wanted)] = True
+    if method in ("random", "stratified"):
+        chosen[order[:wanted] if method == "random" else _stratified(scan.completions, order, wanted)] = True
+        chosen = _with_copies(scan, chosen)
     elif method == "grouped":
         groups = scan.columns.get(by or "")
         if groups is None:
@@ -40,7 +42,19 @@ def held_out(scan: Scan, method: str, by: str | None = None, share: float | None
         if not by or not np.isfinite(scan.times).any():
             raise DataError(f"There is no column {by!r} with dates or numbers. Name one with --by.")
         chosen[np.argsort(scan.times, kind="stable")[count - wanted:]] = True
+    if not chosen.any() or chosen.all():
+        raise refusal
     return chosen
+
+
+def _with_copies(scan: Scan, chosen: np.ndarray) -> np.ndarray:
+    """Each example on the side of the first one that equals it."""
+    order = np.lexsort((scan.completions, scan.prompts))  # stable: of equal examples the first in the file leads
+    prompts, completions = scan.prompts[order], scan.completions[order]
+    leads = np.append(True, (prompts[1:] != prompts[:-1]) | (completions[1:] != completions[:-1]))
+    together = np.empty_like(chosen)
+    together[order] = chosen[order[leads]][np.cumsum(leads) - 1]
+    return together
 
 
 def _stratified(labels: np.ndarray, order: np.ndarray, wanted: int) -> np.ndarray:

@@ -7,4 +7,5 @@
     training.py   rows on training
     answering.py  rows on inference and latency
     growth.py     rows on cost as work grows, each with a plot
+    preparing.py  rows on checking training files and counting tokens
 """

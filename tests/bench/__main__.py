@@ -8,7 +8,7 @@ import openai
 import torch
 
 from labkit import paths
-from tests.bench import answering, growth, sheet, training, workload
+from tests.bench import answering, growth, preparing, sheet, training, workload
 from tests.bench.rivals import MissingRival
 from tests.bench.sheet import Sheet
 
@@ -17,6 +17,7 @@ ROWS: dict[str, Callable[[openai.OpenAI, Sheet, str], None]] = {
     "classify": answering.classify, "shots": answering.shots, "generate": answering.generate,
     "overhead": answering.overhead, "start": answering.start, "busy": answering.busy, "clients": answering.clients,
     "examples": growth.examples, "lengths": growth.lengths, "jobs": growth.jobs, "serving": growth.clients,
+    "prepare": preparing.prepare, "count": preparing.count,
 }
 
 
