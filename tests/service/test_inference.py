@@ -32,6 +32,12 @@ def chat(client: openai.OpenAI, **options: Any) -> Any:
     return client.chat.completions.create(**(wanted | options))
 
 
+def logged(service: RunningService, **wanted: Any) -> Any:
+    """The log line of the request with these fields, once it is there; it is written after the answer."""
+    return wait_until(lambda: next((line for line in service.log("request")
+                                    if all(line.get(name) == value for name, value in wanted.items())), None))
+
+
 def test_many_prompts_are_answered_in_order_as_one_by_one(client: openai.OpenAI) -> None:
     prompts = [f"post number {i} " + "game " * (i % 7) for i in range(40)]
     together = complete(client, prompts)
@@ -171,7 +177,8 @@ def test_without_a_limit_an_answer_may_fill_the_context(client: openai.OpenAI) -
 def test_aliases_are_disclosed(client: openai.OpenAI, service: RunningService) -> None:
     answer = chat(client, model="gpt-4o-mini")
     assert answer.model == "gpt-4o-mini" and BASE in answer.system_fingerprint
-    assert any(line.get("alias_of") == BASE and line["model"] == "gpt-4o-mini" for line in service.log("request"))
+    line = logged(service, id=answer._request_id)
+    assert line["alias_of"] == BASE and line["model"] == "gpt-4o-mini"
 
 
 REFUSED = [
@@ -214,12 +221,6 @@ def test_values_that_ask_for_nothing_pass(client: openai.OpenAI) -> None:
 
 
 LONG: Any = {"n": 16, "temperature": 1, "max_completion_tokens": 200, "logit_bias": {"2": -100}}
-
-
-def logged(service: RunningService, **wanted: Any) -> Any:
-    """The log line of the request with these fields, once it is there; it is written after the answer."""
-    return wait_until(lambda: next((line for line in service.log("request")
-                                    if all(line.get(name) == value for name, value in wanted.items())), None))
 
 
 def test_a_client_that_leaves_stops_its_answer(client: openai.OpenAI, service: RunningService) -> None:
