@@ -6,6 +6,7 @@ returns: the alternative text of the picture, in the memo and wherever else it i
 """
 
 import io
+import textwrap
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -98,23 +99,27 @@ def runs(results: pd.DataFrame, x: str, y: str = "accuracy", by: str | None = No
     """A metric of a sweep against a setting: a point for each run, and the mean with its 95 % interval over seeds.
 
     With `x="examples"` it is a learning curve. `by` draws one line for each value of another
-    column. Settings in words, such as "auto", stand side by side.
+    column. Settings in words, such as "auto", stand side by side with no line between them. What
+    an interval has beyond 0 and 1 is not drawn where `y` is the accuracy.
     """
     axes = _axes(results, axes, (7, 3.6))
     places = _places(axes, results[x])
     groups = [("", results)] if by is None else [(f"{by} {name}", some) for name, some in results.groupby(by)]
-    told = []
+    told, ordered = [], pd.api.types.is_numeric_dtype(results[x])
     for number, (name, some) in enumerate(groups):
         mean, color = spread(some, x, y), f"C{number}"
         at = [places[value] for value in mean.index]
         order = np.argsort(at)
         error = np.nan_to_num([mean["mean"] - mean["low"], mean["high"] - mean["mean"]])
         axes.errorbar(np.array(at)[order], mean["mean"].to_numpy()[order], yerr=error[:, order], color=color, capsize=3,
-                      marker=MARKERS[number % len(MARKERS)], ls=LINES[number % len(LINES)],
+                      marker=MARKERS[number % len(MARKERS)], ls=LINES[number % len(LINES)] if ordered else "none",
                       label=f"{name} mean, 95 % interval over seeds".strip())
         axes.plot([places[value] for value in some[x]], some[y], ".", color=color, alpha=0.5,
                   label="each run" if number == 0 else None)
         told.append(f"{name} " + ", ".join(f"{value}: {mean_of:.3f}" for value, mean_of in mean["mean"].items()))
+    if y == "accuracy":
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.03), min(high, 1.03))
     axes.legend()
     return _finish(axes, f"{y.replace('_', ' ').capitalize()} by {x.replace('_', ' ')}",
                    UNITS.get(x, x.replace("_", " ")), UNITS.get(y, y.replace("_", " ")),
@@ -162,7 +167,7 @@ def _places(axes: Axes, values: pd.Series) -> dict[Any, float]:
             axes.set_xticks(sorted(names), [f"{name:g}" for name in sorted(names)])
             axes.minorticks_off()
         return {name: float(name) for name in names}
-    axes.set_xticks(range(len(names)), [str(name) for name in names])
+    axes.set_xticks(range(len(names)), [textwrap.fill(str(name), 16) for name in names])
     return {name: float(place) for place, name in enumerate(names)}
 
 
