@@ -113,7 +113,7 @@ def _keys_parser(commands) -> None:  # type: ignore[no-untyped-def]
     add = actions.add_parser("add", help="make a key and print it, this once")
     add.add_argument("name", metavar="NAME", help="whose key it is; files, jobs and models belong to this name")
     add.add_argument("--jobs", type=_count, metavar="N", help="unfinished jobs at a time (default: any number)")
-    add.add_argument("--bytes", type=_size, metavar="SIZE", help="size of all files, such as 500MB (default: any)")
+    add.add_argument("--bytes", type=_size, metavar="SIZE", help="of all files and models, as 500MB (default: any)")
     add.add_argument("--requests-per-minute", type=_count, metavar="N", help="(default: any number)")
     actions.add_parser("list", help="show the keys' names, what they use and what they may use")
     revoke = actions.add_parser("revoke", help="make a key worthless at once, pause its jobs, end its batches")

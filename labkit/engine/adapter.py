@@ -21,7 +21,8 @@ from peft import LoraConfig
 from peft import get_peft_model_state_dict as adapter_state
 from peft import set_peft_model_state_dict as set_adapter_state
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from transformers.pytorch_utils import Conv1D
 
 from labkit import paths
@@ -110,8 +111,8 @@ def save(model: BaseModel, adapter: Adapter, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = adapter_state(model.network, adapter_name=adapter.name)
     weights = {PEFT_PREFIX + key: value.contiguous() for key, value in state.items()}
-    with paths.replacing(folder / WEIGHTS) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
+    # Written here, not by safetensors, whose error on a full disk is no `OSError`.
+    paths.write_bytes(folder / WEIGHTS, to_bytes(weights, {"format": "pt"}))
     config = replace(model.network.peft_config[adapter.name], inference_mode=True)
     config.alora_invocation_tokens = list(adapter.start.tokens) or None if adapter.start.activated else None
     config.base_model_name_or_path = model.network.config.name_or_path

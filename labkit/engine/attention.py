@@ -83,7 +83,7 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention function: PyTorch's own, unless a past is set by `over`.
+    """Transformers' attention function: PyTorch's own, unless a past is set by `over` that holds tokens.
 
     `query` is `[rows, query heads, n, width]`, `key` and `value` `[rows, key heads, n, width]`; the
     result is `[rows, n, query heads, width]`.
@@ -92,6 +92,8 @@ def attend(
     if past is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     past.fresh.append((key.detach(), value.detach()))
+    if not past.shared and not past.states.shape[4]:  # no past at all: PyTorch's own is quicker by 2 ms a pass
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=query.shape[2] > 1)
     assert isinstance(module.layer_idx, int)
     keys, values = past.states[module.layer_idx]
     rows, heads, fresh, width = query.shape

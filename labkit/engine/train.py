@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch.nn.functional import cross_entropy
 
 from labkit import paths
@@ -133,12 +134,11 @@ class Trainer:
         return loss / count, right / count
 
     def save(self, folder: Path) -> None:
-        """Write the adapter and the optimizer's state into `folder`."""
+        """Write the adapter and the optimizer's state into `folder`. Raises `OSError` where the disk is full."""
         adapters.save(self.model, self.adapter, folder)
         state = {f"{name}.{i}": self.optimizer.state[w][name].detach().contiguous()
                  for i, w in enumerate(self.weights) for name in ("exp_avg", "exp_avg_sq")}
-        with paths.replacing(folder / STATE) as temporary:
-            save_file(state, temporary, metadata={"step": str(self.step)})
+        paths.write_bytes(folder / STATE, to_bytes(state, {"step": str(self.step)}))
 
     def restore(self, folder: Path) -> None:
         """Go on from what `save` wrote. Raises `OSError` or `SafetensorError` if it is damaged."""

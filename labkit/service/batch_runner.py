@@ -16,7 +16,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
-from labkit.service import batch_files, objects
+from labkit.service import batch_files, objects, queue
 from labkit.service.batch_files import Line, Results
 from labkit.service.calls import BACKGROUND
 from labkit.service.gate import WITHIN, log
@@ -60,9 +60,8 @@ class BatchRunner:
         while True:
             self._changed.clear()
             try:
-                rows = await asyncio.to_thread(self.store.rows, "batch", limit=BATCHES_AT_ONCE,
-                                               matching={"status": objects.UNFINISHED})
-                for row in rows:
+                rows = await asyncio.to_thread(self.store.rows, "batch", matching={"status": objects.UNFINISHED})
+                for row in queue.in_turn(rows, {})[:BATCHES_AT_ONCE]:
                     if row.id not in self._tasks:
                         self._tasks[row.id] = asyncio.create_task(self._look_after(row.id))
                 await self._changed.wait()

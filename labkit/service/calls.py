@@ -105,8 +105,9 @@ class Offsets:
 
 @dataclass(eq=False)
 class Call:
-    """Prompts for one model, each answered `copies` times. Answers are numbered prompt by prompt."""
+    """Prompts of one owner for one model, each answered `copies` times. Answers are numbered prompt by prompt."""
 
+    owner: str
     weights: Weights
     prompts: list[str | list[int] | Conversation]
     sampling: Sampling

@@ -30,7 +30,7 @@ def routes(models: Models, scheduler: Scheduler) -> APIRouter:
         if weights.folder is not None:
             raise bad_request(f"Embeddings come from the base model, not from a fine-tuned one. Ask for "
                               f"'{models.base_name}' instead of '{body.model}'.", "model", "model_not_supported")
-        call = Call(weights, list(body.input), NO_ANSWER, "input", embedded=True)
+        call = Call(request.state.store.owner, weights, list(body.input), NO_ANSWER, "input", embedded=True)
         scheduler.submit(call)
         found = await collect(scheduler, call, request)
         return gone() if found is None else await run_in_threadpool(_reply, body, call)

@@ -65,14 +65,20 @@ def from_exception(error: BaseException) -> ApiError | None:
     """The reply for an exception that is no programming error, or None."""
     if isinstance(error, ApiError):
         return error
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or (isinstance(error, sqlite3.OperationalError) and "full" in str(error)):
+    if disk_full(error):
         return ApiError(507, "The disk of this service is full, so nothing of this request was kept. Delete files "
                              "or models, or free disk space, and send the request again.",
                         "insufficient_storage", retry=False)
     if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
         return ApiError(503, "The service's database is busy. Send the request again.", "database_busy")
     return None
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an exception says that there is no room on the disk."""
+    if isinstance(error, sqlite3.OperationalError):
+        return "full" in str(error)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def install(app: FastAPI) -> None:

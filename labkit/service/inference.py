@@ -27,8 +27,8 @@ def routes(models: Models, scheduler: Scheduler) -> APIRouter:
         weights = await weights_for(models, body.model, "completion", request)
         sampling = _sampling(body, body.max_tokens, body.logprobs or 0)
         scored = body.echo and body.logprobs is not None
-        call = Call(weights, list(body.prompt), sampling, copies=body.best_of or body.n, scored=scored,
-                    echoed=body.echo, streamed=body.stream)
+        call = Call(request.state.store.owner, weights, list(body.prompt), sampling, copies=body.best_of or body.n,
+                    scored=scored, echoed=body.echo, streamed=body.stream)
         shape = answers.Completions(call, body.logprobs)
         scheduler.submit(call)
         if body.stream:
@@ -41,7 +41,8 @@ def routes(models: Models, scheduler: Scheduler) -> APIRouter:
         weights = await weights_for(models, body.model, "chat", request)
         sampling = _sampling(body, body.max_completion_tokens or body.max_tokens, body.top_logprobs)
         conversation = tuple({"role": message.role, "content": message.content} for message in body.messages)
-        call = Call(weights, [conversation], sampling, "messages", copies=body.n, streamed=body.stream)
+        call = Call(request.state.store.owner, weights, [conversation], sampling, "messages", copies=body.n,
+                    streamed=body.stream)
         shape = answers.Chat(call, body.logprobs)
         scheduler.submit(call)
         if body.stream:

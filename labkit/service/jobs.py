@@ -103,6 +103,7 @@ def _create(models: Models, store: Store, body: JobCreate, weights: Weights, ret
             if retried and (earlier := retries.earlier(store, "job", fingerprint)):
                 return earlier.body
             keys.check_jobs(store)
+            keys.check_bytes(store, 1, "training_file")  # how large the model will be, nobody knows yet
             _copy_data(store, id, body, weights)
             store.add("job", created, inner=inner)
             store.add("event", objects.event(f"Created fine-tuning job: {id}"), id)

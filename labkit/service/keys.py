@@ -129,13 +129,13 @@ def check_jobs(store: Store) -> None:
                    "rate_limit_exceeded", retry=False, headers={"Retry-After": str(wait)})
 
 
-def check_bytes(store: Store, size: int) -> None:
+def check_bytes(store: Store, size: int, param: str = "file") -> None:
     """Raises 403 when the owner may not store `size` bytes more than now."""
     limit = _limits(store).bytes
     if limit is not None and (stored := store.stored_bytes()) + size > limit:
-        raise ApiError(403, f"Your key allows {limit:,} bytes of files. {stored:,} are stored, so this file does not "
-                            "fit in. Delete files that you no longer need with files.delete.",
-                       "storage_limit_exceeded", "file")
+        raise ApiError(403, f"Your key allows {limit:,} bytes of files and models. {stored:,} are stored, so this does "
+                            "not fit in. Delete what you no longer need with files.delete and models.delete.",
+                       "storage_limit_exceeded", param)
 
 
 class Pace:

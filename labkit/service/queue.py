@@ -1,27 +1,44 @@
-"""In which order jobs are taken: in turn between owners, and an owner's jobs in the order of their creation."""
+"""In which order things are taken: in turn between owners, and an owner's jobs in the order of their creation."""
 
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from labkit.service import objects
 from labkit.service.store import Row, Store
 
 
-def waiting(store: Store, status: str, slot: str) -> list[Row]:
-    """The jobs of one status in the order in which `slot` will take them.
+class Owned(Protocol):
+    """What a key's owner has made."""
 
-    First come the owners' first jobs, then their second ones, and so on. Of two owners the one
-    goes first whose latest turn is longer ago.
+    @property
+    def owner(self) -> str:
+        """The name of the key."""
+
+
+T = TypeVar("T", bound=Owned)
+
+
+def in_turn(things: Sequence[T], latest: Mapping[str, float]) -> list[T]:
+    """`things` by turns: first come the owners' first ones, then their second ones, and so on.
+
+    Of two owners the one goes first whose `latest` turn is longer ago; one without any goes before both.
     """
+    before: Counter[str] = Counter()
+    places = []
+    for number, thing in enumerate(things):
+        places.append((before[thing.owner], latest.get(thing.owner) or 0.0, number))
+        before[thing.owner] += 1
+    return [things[number] for _, _, number in sorted(places)]
+
+
+def waiting(store: Store, status: str, slot: str) -> list[Row]:
+    """The jobs of one status in the order in which `slot` will take them."""
     rows = store.rows("job", matching={"status": [status]})
     turns = dict(store.db.execute("SELECT owner, max(json_extract(inner, ?)) FROM objects WHERE kind = 'job' "
                                   "GROUP BY owner", (f"$.{slot}_turn",))) if len(rows) > 1 else {}
-    before: Counter[str] = Counter()
-    places = []
-    for row in rows:
-        places.append((before[row.owner], turns.get(row.owner) or 0.0, row.n))
-        before[row.owner] += 1
-    return [row for _, row in sorted(zip(places, rows, strict=True), key=lambda pair: pair[0])]
+    return in_turn(rows, turns)
 
 
 def take(store: Store, row: Row, slot: str) -> None:

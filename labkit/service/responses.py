@@ -28,7 +28,7 @@ def routes(models: Models, scheduler: Scheduler) -> APIRouter:
         if body.instructions is not None:
             turns.insert(0, {"role": "system", "content": body.instructions})
         sampling = Sampling(body.max_output_tokens, body.temperature, body.top_p, None, ())
-        call = Call(weights, [tuple(turns)], sampling, "input", streamed=body.stream)
+        call = Call(request.state.store.owner, weights, [tuple(turns)], sampling, "input", streamed=body.stream)
         answer = Answer(body, call)
         scheduler.submit(call)
         if body.stream:

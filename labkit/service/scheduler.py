@@ -1,21 +1,23 @@
 """The one thread that owns the model: it batches the requests of all clients.
 
-Between two tokens it takes in new requests, by turns from all waiting calls, as many as the
-generator has room for; so a long generation holds up nobody for longer than one token. Adapters
+Between two tokens it takes in new requests, as many as the generator has room for; so a long
+generation holds up nobody for longer than one token. Owners take turns, and an owner's calls do;
+and an owner whose every request waits finds some room that those at work may not fill. Adapters
 are read from the models' folders when they are first asked for.
 """
 
-import queue
+import queue as queues
 import threading
 import time
 import traceback
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labkit.errors import DataError, LabkitError
+from labkit.service import queue
 from labkit.service.calls import Call, Reader
 from labkit.service.errors import ApiError, bad_request, from_exception, internal_error
 from labkit.service.gate import log
@@ -28,10 +30,11 @@ if TYPE_CHECKING:
     from labkit.engine.generate import Request
 
 ADAPTERS = 8  # kept in memory
+NEWCOMERS_SHARE = 1.25  # of the generator's room, for requests of owners for whom nothing runs
 BACKGROUND_SHARE = 0.5  # of the generator's room: the rest is kept free for clients who wait
 BACKGROUND_AT_A_TIME = 8  # prompts read between two tokens, which a client who comes just then waits for
 BACKGROUND_PATIENCE = 2.0  # seconds that a batch's requests stand back, so that endless requests do not stop a batch
-MAX_WAITING = 20_000  # answers; more are turned away with 429
+MAX_WAITING = 20_000  # answers of one owner; more are turned away with 429
 EMBED_TOKENS = 2048  # embedded in one pass, padding included: as long as a token of many answers takes
 
 
@@ -42,23 +45,25 @@ class Scheduler(threading.Thread):
         super().__init__(name="scheduler", daemon=True)
         self.base, self.base_name, self.cache = base, base_name, cache
         self._sign = AnsweringSign(cache.parent)
-        self._inbox: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._inbox: queues.SimpleQueue[Call | None] = queues.SimpleQueue()
         self._calls: deque[Call] = deque()  # accepted and not finished
         self._readers: dict[int, tuple[Call, Reader]] = {}  # of running sequences, by their id()
         self._adapters: OrderedDict[Path, Adapter] = OrderedDict()
         self._loaded = self._closing = False
-        self._answers = 0  # submitted and not finished
+        self._answers: Counter[str] = Counter()  # submitted and not finished, by owner
+        self._turns: dict[str, float] = {}  # when an owner was last given one
         self._background_begun = 0.0  # when a batch's requests were last given a turn
-        self._lock = threading.Lock()  # of that number
+        self._lock = threading.Lock()  # of `_answers`
 
     # --- for other threads ---------------------------------------------------------------------
 
     def submit(self, call: Call) -> None:
-        """Queue a call. Raises 429 when too many answers are waiting already."""
-        if self._answers and self._answers + call.size > MAX_WAITING:
-            raise ApiError(429, f"{self._answers} answers are waiting already. Try again a little later, with fewer "
+        """Queue a call. Raises 429 when too many answers are waiting for its owner already."""
+        waiting = self._answers[call.owner]
+        if waiting and waiting + call.size > MAX_WAITING:
+            raise ApiError(429, f"{waiting} answers are waiting for you already. Try again a little later, with fewer "
                                 "requests at a time.", "rate_limit_exceeded", headers={"Retry-After": "2"})
-        self._count(call.size)
+        self._count(call, call.size)
         self._inbox.put(call)
 
     def cancel(self, call: Call) -> None:
@@ -75,9 +80,11 @@ class Scheduler(threading.Thread):
         self._inbox.put(None)
         self.join(2)
 
-    def _count(self, change: int) -> None:
+    def _count(self, call: Call, change: int) -> None:
         with self._lock:
-            self._answers += change
+            self._answers[call.owner] += change
+            if not self._answers[call.owner]:
+                del self._answers[call.owner]
 
     # --- the thread ----------------------------------------------------------------------------
 
@@ -107,7 +114,7 @@ class Scheduler(threading.Thread):
         while True:
             try:
                 call = self._inbox.get(block=block)
-            except queue.Empty:
+            except queues.Empty:
                 return
             block = False
             if self._closing:
@@ -240,17 +247,19 @@ class Scheduler(threading.Thread):
 
     def _in_turn(self) -> list[Call]:
         """The calls that may begin something now: those of batches only if no client waits, or after a while."""
-        direct = [call for call in self._calls if not call.background]
-        background = [call for call in self._calls
-                      if call.background and (call.unscored or call.embedded or call.waiting)]
-        if not direct:
+        alone = all(call.background for call in self._calls)
+        direct, background = (queue.in_turn([
+            call for call in self._calls if call.background is kind and (call.unscored or call.embedded or call.waiting)
+        ], self._turns) for kind in (False, True))
+        if alone:
             return background
         patient = time.monotonic() < self._background_begun + BACKGROUND_PATIENCE
         return direct if patient else direct + background[:1]
 
     def _begun(self, call: Call) -> None:
+        now = self._turns[call.owner] = time.monotonic()
         if call.background:
-            self._background_begun = time.monotonic()
+            self._background_begun = now
 
     def _score_one(self) -> None:
         """Log-probabilities of one prompt, before its call's answers begin."""
@@ -288,20 +297,24 @@ class Scheduler(threading.Thread):
         """Start as many waiting requests as there is room for, by turns from all calls."""
         chosen: list[tuple[Call, int, Request]] = []
         turns = deque(call for call in self._in_turn() if call.waiting and not call.unscored)
+        served = {call.owner for call, _ in self._readers.values()}
         while turns:
             call = turns.popleft()
             index, request = call.waiting[0]
-            share = BACKGROUND_SHARE if call.background else 1.0
+            share = BACKGROUND_SHARE if call.background else 1.0 if call.owner in served else NEWCOMERS_SHARE
             enough = call.background and len(chosen) >= BACKGROUND_AT_A_TIME
             if enough or not self._generator.room(*[other for _, _, other in chosen], request, share=share):
-                if not call.background:
-                    break  # nobody overtakes, or a long prompt might wait for ever
-                turns = deque(other for other in turns if not other.background)
+                # Nobody overtakes, or a long prompt might wait for ever; only owners for whom nothing runs may.
+                if not call.background and call.owner not in served:
+                    break
+                turns = deque(other for other in turns
+                              if not other.background and (call.background or other.owner not in served))
                 continue
             call.waiting.popleft()
             chosen.append((call, index, request))
             if call.waiting:
                 turns.append(call)
+            served.add(call.owner)
             self._begun(call)
         if not chosen:
             return
@@ -332,6 +345,6 @@ class Scheduler(threading.Thread):
     def _end(self, call: Call, error: ApiError | None = None) -> None:
         if call in self._calls:
             self._calls.remove(call)
-        self._count(-call.size)
+        self._count(call, -call.size)
         call.post(error)
 

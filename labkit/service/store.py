@@ -234,10 +234,10 @@ class Store:
         return True
 
     def stored_bytes(self) -> int:
-        """The size of all files, and of the parts of uploads, together."""
+        """The size of all files, models, checkpoints, and of the parts of uploads, together."""
         return self.db.execute(
             "SELECT ifnull(sum(json_extract(CASE kind WHEN 'file' THEN body ELSE inner END, '$.bytes')), 0) "
-            f"FROM objects WHERE kind IN ('file', 'part') AND {OWN}", (self.owner,)).fetchone()[0]
+            f"FROM objects WHERE kind IN ('file', 'part', 'model') AND {OWN}", (self.owner,)).fetchone()[0]
 
     def expired(self, time: int) -> list[str]:
         """The ids of everybody's files that expire at or before `time`, in seconds since 1970."""

@@ -2,7 +2,7 @@
 
 One process validates and one trains at a time, each in the order that `queue.waiting` tells; a
 job that was running when the service ended comes first. A worker that dies is started again and
-goes on from its last checkpoint, up to three times without progress.
+goes on from its last checkpoint, up to three times without progress. A full disk pauses the job.
 """
 
 import os
@@ -20,9 +20,10 @@ from labkit.service import objects, queue
 from labkit.service.errors import JobError
 from labkit.service.gate import log
 from labkit.service.store import Row, Store
-from labkit.service.worker import fail
+from labkit.service.worker import DISK_FULL, fail
 
 TICK = 0.2  # seconds between looks at the workers
+PAUSE = 2.0  # seconds until the next look when one failed, by a full disk, say
 RESTARTS = 3  # without progress
 CANCEL_SECONDS = 2.0  # a cancelled worker may take to notice it; then it is killed, it has nothing to save
 STOP_SECONDS = 4.0  # a worker may take to save its state when the service shuts down
@@ -68,12 +69,15 @@ class Supervisor(threading.Thread):
     def run(self) -> None:
         """Look after the workers until `close`."""
         self._changed.set()
+        pause = TICK
         while not self._closing:
-            changed = self._changed.wait(TICK)
+            changed = self._changed.wait(pause)
             self._changed.clear()
+            pause = TICK
             try:
                 self._tick(changed)
             except Exception as error:  # such as a full disk: the next look may find room again
+                pause = PAUSE
                 log("error", type=type(error).__name__, frames=traceback.format_tb(error.__traceback__))
         self._stop_workers()
 
@@ -81,8 +85,8 @@ class Supervisor(threading.Thread):
         for slot in STATUSES:
             worker = self._workers.get(slot)
             if worker and worker.process.poll() is not None:
-                del self._workers[slot]
                 self._ended(worker, worker.process.returncode)
+                del self._workers[slot]
                 changed = True
             elif worker and worker.done.is_set():
                 self._ended(worker, 0)
@@ -142,16 +146,21 @@ class Supervisor(threading.Thread):
             worker.process.kill()
 
     def _ended(self, worker: Worker, code: int) -> None:
-        """A worker's job has ended, or its process has."""
-        job_id, worker.job_id = worker.job_id, None
+        """A worker's job has ended, or its process has. If what is to be said cannot be written, ask again."""
+        row = self.store.get("job", worker.job_id) if worker.job_id else None
+        if worker.job_id:
+            log("worker_ended", job=worker.job_id, code=code, status=row.body["status"] if row else None)
+        if row is not None and code == DISK_FULL:
+            self._pause(row)
+        elif row is not None and code != 0 and row.body["status"] in ("validating_files", "queued", "running"):
+            self._died(row, worker.step, code)
+        worker.job_id = None
         worker.done.clear()
-        row = self.store.get("job", job_id) if job_id else None
-        if job_id:
-            log("worker_ended", job=job_id, code=code, status=row.body["status"] if row else None)
-        if row is None or code == 0 or row.body["status"] not in objects.PENDING or row.body["status"] == "paused":
-            return
-        progress = row.inner["step"] > worker.step
-        count = self._restarts[row.id] = 1 if progress else self._restarts.get(row.id, 0) + 1
+
+    def _died(self, row: Row, before: int, code: int) -> None:
+        """A job's process died, which began when the job stood at step `before`: it begins anew, but not for ever."""
+        progress = row.inner["step"] > before
+        count = 1 if progress else self._restarts.get(row.id, 0) + 1
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         if count > RESTARTS:
             fail(self.store.of(row.owner), row.id, JobError(
@@ -161,6 +170,17 @@ class Supervisor(threading.Thread):
         else:
             message = f"The training process ended unexpectedly ({how}); it goes on from its last checkpoint"
             self.store.of(row.owner).add("event", objects.event(message, "warn"), row.id)
+        self._restarts[row.id] = count
+
+    def _pause(self, row: Row) -> None:
+        """A full disk is no fault of the job's: it waits until there is room and someone resumes it."""
+        own, paused = self.store.of(row.owner), {"status": "paused", "estimated_finish": None}
+        with own.transaction():
+            if own.change("job", row.id, paused, {"place": None}, ("validating_files", "queued", "running")):
+                own.add("event", objects.event(
+                    "Fine-tuning job paused: the disk of this service is full. What was trained up to the last saved "
+                    f"state is kept. Free disk space, then go on with fine_tuning.jobs.resume('{row.id}')", "error"),
+                    row.id)
 
     def _tidy(self) -> None:
         """Remove the data and states of jobs that have ended; a failed job's log stays."""

@@ -208,7 +208,8 @@ class Run:
 
     def _add_model(self, name: str, folder: str) -> None:
         root = self.inner["root"]
-        inner = {"folder": folder, "form": self.inner["form"],
+        size = sum(path.stat().st_size for path in (self.store.models / folder).iterdir())
+        inner = {"folder": folder, "form": self.inner["form"], "bytes": size,
                  **{key: self.inner[key] for key in ("base", "adapter", "rank")}}
         self.store.add("model", objects.model(name, root, self.inner["parent"] or root, self.id), inner=inner)
 

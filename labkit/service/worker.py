@@ -9,7 +9,8 @@ again. After any other it ends, so that nothing of it is left.
 It takes orders in two ways: it trains only while the job's status is "running", and its standard
 input says "stop" when the service shuts down. When that closes, the service has died, and the
 process ends at once: nothing trains orphaned. Whatever happens, a restart goes on from the last
-whole training state to the same result.
+whole training state to the same result. A full disk is told by the exit code `DISK_FULL`: what to
+write then is the supervisor's to find out.
 """
 
 import os
@@ -18,6 +19,7 @@ import signal
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,7 @@ from labkit import examples
 from labkit.errors import ContextError, DataError, LabkitError
 from labkit.examples import Report
 from labkit.service import objects
-from labkit.service.errors import JobError, from_exception
+from labkit.service.errors import JobError, disk_full, from_exception
 from labkit.service.objects import Body
 from labkit.service.store import Row, Store
 
@@ -35,10 +37,14 @@ if TYPE_CHECKING:
 BATCH_SIZE = 16  # "auto", or the number of examples if there are fewer
 MULTIPLIER = 1.0  # "auto"
 IDLE_SECONDS = 60.0  # to wait for another job, with the model in memory
+DISK_FULL = 28  # exit code; the number of Linux's ENOSPC, but any would do
 
 
 def main(home: Path, base: Path) -> None:
-    """Do the jobs that standard input names, until none comes for `IDLE_SECONDS` or one is left unfinished."""
+    """Do the jobs that standard input names, until none comes for `IDLE_SECONDS` or one is left unfinished.
+
+    Raises the error of a full disk.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal goes to all; the service decides
     answers = os.dup(1)
     os.dup2(2, 1)  # what a library prints must not be taken for an answer
@@ -81,6 +87,8 @@ class Worker:
         except LabkitError as error:
             fail(store, job_id, JobError("model_unavailable", str(error)))
         except Exception as error:
+            if disk_full(error):
+                raise
             traceback.print_exc()
             known = from_exception(error)
             fail(store, job_id, JobError(known.code or "", known.message) if known else JobError(
@@ -180,7 +188,10 @@ if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]), Path(sys.argv[2]))
         code = 0
-    except Exception:
-        traceback.print_exc()
-    sys.stderr.flush()
+    except Exception as error:
+        code = DISK_FULL if disk_full(error) else 1
+        with suppress(OSError):  # the log may be on the full disk
+            traceback.print_exc()
+    with suppress(OSError):
+        sys.stderr.flush()
     os._exit(code)  # the interpreter's own exit takes seconds with torch loaded, and the next job waits for it

@@ -258,7 +258,7 @@ def test_clients_who_wait_come_before_a_batch(tiny_model: Path, tmp_path: Path) 
         finished.append(name)
 
     def ask(own: Scheduler, name: str, tokens: int) -> "asyncio.Task[None]":
-        call = Call(Weights("x", None), [name], Sampling(tokens, 1, 1, 1, (), 0, {}))
+        call = Call("me", Weights("x", None), [name], Sampling(tokens, 1, 1, 1, (), 0, {}))
         own.submit(call)
         return asyncio.create_task(wait(name, call))
 

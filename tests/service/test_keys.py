@@ -219,6 +219,26 @@ def test_a_key_holds_its_owner_to_its_limits(room: Served) -> None:
     assert upload(dave, posts(30))
 
 
+def test_models_count_among_the_stored_bytes(room: Served) -> None:
+    greta = room.person("greta", "--bytes", "30000")
+    file = upload(greta, posts(12))
+    job = greta.fine_tuning.jobs.create(model=BASE, training_file=file, method=supervised(n_epochs=1))
+    model = finished(greta, job.id).fine_tuned_model
+    folders = [room.home / "models" / name for name in os.listdir(room.home / "models") if str(model)[-8:] in name]
+    sizes = sum(path.stat().st_size for folder in folders for path in folder.iterdir())
+    sizes += sum(kept.bytes for kept in greta.files.list())
+    listed = next(line for line in room.keys("list").splitlines() if line.startswith("greta"))
+    assert len(folders) == 2 and f"{sizes:,} of 30,000" in listed  # the model and its checkpoint
+    for ask in (lambda: upload(greta, posts(12)),
+                lambda: greta.fine_tuning.jobs.create(model=BASE, training_file=file)):
+        with pytest.raises(openai.PermissionDeniedError, match="models.delete") as full:
+            ask()
+        assert full.value.code == "storage_limit_exceeded"
+    for name in (str(model), f"{model}:ckpt-step-1"):
+        greta.models.delete(name)
+    assert upload(greta, posts(12))
+
+
 def test_requests_are_limited_by_the_minute(room: Served) -> None:
     erin = room.person("erin", "--requests-per-minute", "3")
     for _ in range(3):
