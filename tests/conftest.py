@@ -30,13 +30,22 @@ HOME = paths.COURSE / "build" / "test"  # LABKIT_HOME of the whole run, notebook
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the user's own LABKIT_HOME out of it. Only fetched assets stay from one run to the next."""
     os.environ["LABKIT_HOME"] = str(HOME)
-    _clear()
+    if _is_helper(config):
+        os.environ["OMP_NUM_THREADS"] = "1"  # the processes share the cores
+    else:
+        _clear()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End the service that a notebook started."""
-    stop_service()
-    _clear()
+    if not _is_helper(config):
+        stop_service()
+        _clear()
+
+
+def _is_helper(config: pytest.Config) -> bool:
+    """Whether this is one of several processes that run the tests, and not the one that started them (pytest-xdist)."""
+    return hasattr(config, "workerinput")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

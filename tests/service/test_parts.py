@@ -107,7 +107,7 @@ def test_a_table_of_aliases_in_the_home_takes_the_place_of_the_shipped_one(tmp_p
 
 
 def ask(own: scheduler.Scheduler, answers: int = 1) -> Call:
-    call = Call(Weights("x", None), ["x"], Sampling(1, 1, 1, None, (), 0, {}), copies=answers)
+    call = Call("me", Weights("x", None), ["x"], Sampling(1, 1, 1, None, (), 0, {}), copies=answers)
     own.submit(call)
     return call
 
