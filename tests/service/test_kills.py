@@ -21,7 +21,7 @@ from tests.service.test_recovery import (  # noqa: F401 (two are fixtures)
     undisturbed,
 )
 
-KILLS = 12
+KILLS = 8
 STARTING = 4.0  # seconds that a worker needs until it trains, about
 PENDING_KILLS = 2  # of workers in a row that had no time to get on; four would end the job, as they should
 
