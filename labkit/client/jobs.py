@@ -71,10 +71,11 @@ def plot_losses(table: pd.DataFrame, axes: Axes) -> None:
     smooth = loss.rolling(max(1, len(table) // 15), min_periods=1).mean()
     axes.plot(step, loss, color="tab:blue", alpha=0.35, linewidth=1, label="training, each step")
     axes.plot(step, smooth, color="tab:blue", label="training, running mean")
-    if table["valid_loss"].notna().any():
+    validated = table["valid_loss"].notna().any()
+    if validated:
         valid = table.dropna(subset=["valid_loss"])
         axes.plot(valid["step"], valid["valid_loss"], color="tab:orange", marker="o", ls="--", label="validation")
-    axes.set(title="Training and validation loss", xlabel="step",
+    axes.set(title="Training and validation loss" if validated else "Training loss", xlabel="step",
              ylabel="loss (nats per completion token)", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3)
