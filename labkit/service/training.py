@@ -138,7 +138,10 @@ class Run:
         self._flush_now_and_then()
 
     def _on_epoch(self, epoch: train.Epoch, last: train.Step) -> None:
-        """An epoch has ended: its adapter becomes a checkpoint, usable as a model."""
+        """An epoch has ended: its adapter becomes a checkpoint, usable as a model, and the oldest one goes.
+
+        Not if the job was cancelled meanwhile: whoever did that may have one of the checkpoints in use.
+        """
         self._flush()
         folder = self._save_state()
         name = f"{self.inner['name']}:ckpt-step-{epoch.step}"
@@ -147,12 +150,17 @@ class Run:
                    "full_valid_mean_token_accuracy": epoch.full_valid_accuracy}
         self._publish(folder, published)
         with self.store.transaction():
-            checkpoint = objects.checkpoint(self.id, epoch.step, name, metrics)
-            if self.store.add("checkpoint", checkpoint, self.id, mark=f"step:{epoch.step}"):
-                self._add_model(name, published)
-                self._add_event(objects.event(f"Checkpoint created at step {epoch.step} with model: {name}"),
-                                f"checkpoint:{epoch.step}")
-        self._prune_checkpoints()
+            if self.store.status("job", self.id) == "cancelled":
+                dropped = [published]
+            else:
+                checkpoint = objects.checkpoint(self.id, epoch.step, name, metrics)
+                if self.store.add("checkpoint", checkpoint, self.id, mark=f"step:{epoch.step}"):
+                    self._add_model(name, published)
+                    self._add_event(objects.event(f"Checkpoint created at step {epoch.step} with model: {name}"),
+                                    f"checkpoint:{epoch.step}")
+                dropped = self._prune_checkpoints()
+        for adapter in dropped:
+            shutil.rmtree(self.store.models / adapter, ignore_errors=True)
         self._mark_whole(folder)
 
     def _leave(self) -> bool:
@@ -266,11 +274,16 @@ class Run:
         shutil.rmtree(target, ignore_errors=True)  # from before a crash
         os.replace(scratch, target)
 
-    def _prune_checkpoints(self) -> None:
-        """Keep a job's last checkpoints only."""
+    def _prune_checkpoints(self) -> list[str]:
+        """Keep the rows of a job's last checkpoints only; the folders of the models that went."""
+        folders = []
         for old in self.store.rows("checkpoint", self.id)[:-CHECKPOINTS]:
-            self.store.delete_model(old.body["fine_tuned_model_checkpoint"])
+            model = self.store.get("model", old.body["fine_tuned_model_checkpoint"])
+            if model is not None:  # its owner may have deleted it
+                folders.append(model.inner["folder"])
+                self.store.remove("model", model.id)
             self.store.remove("checkpoint", old.id)
+        return folders
 
 
 def _metrics(step: train.Step) -> dict[str, Any]:

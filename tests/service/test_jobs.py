@@ -143,6 +143,24 @@ def test_chat_files_plain_lora_and_the_older_hyperparameters(client: openai.Open
         client.chat.completions.create(model=name, messages=asked)
 
 
+def test_a_cancelled_job_keeps_the_checkpoints_it_had(client: openai.OpenAI) -> None:
+    """Whoever cancels chooses among them, while the training process may just be ending an epoch."""
+    file = upload(client, posts(10))
+    for _ in range(2):
+        job = create(client, training_file=file, method=supervised(n_epochs=50, batch_size=10))
+
+        def steps(id: str = job.id) -> list[int]:
+            return [checkpoint.step_number for checkpoint in client.fine_tuning.jobs.checkpoints.list(id)]
+
+        wait_until(lambda: len(steps()) == 3)
+        client.fine_tuning.jobs.cancel(job.id)
+        kept = steps()
+        listed = client.fine_tuning.jobs.checkpoints.list(job.id)
+        names = {checkpoint.fine_tuned_model_checkpoint for checkpoint in listed}
+        time.sleep(0.2)  # an epoch takes about a quarter of this
+        assert steps() == kept and names <= {model.id for model in client.models.list()}
+
+
 def test_cancel_and_pause_have_their_states(client: openai.OpenAI, service: RunningService) -> None:
     first, waiting = create(client, method=LONG), create(client, method=LONG, metadata={"is": "second"})
     wait_until(lambda: at_step(client, first.id, 20))
