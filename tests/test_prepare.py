@@ -15,6 +15,7 @@ from labkit import examples, tokens
 from labkit.cli import main
 from labkit.errors import DataError
 from labkit.examples.examine import TokenCounter
+from labkit.examples.formats import dump
 from labkit.examples.prepare import Prepared, prepare
 from labkit.examples.report import histogram
 from tests.conftest import jsonl
@@ -228,6 +229,18 @@ def test_a_fix_that_makes_a_line_too_long_for_the_service_is_noticed(tmp_path: P
     result = prepare(file, fix=["prompt_separator", "too_long"])
     assert not examples.check(result.outputs["train"]).problems
     assert [row["reason"] for row in written(result, "set_aside")] == ["too_long"]
+
+
+def test_more_than_a_service_takes_is_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pairs(120)
+    size = len(b"".join(dump(row) for row in rows))
+    monkeypatch.setattr("labkit.examples.findings.MAX_FILE", size)
+    wider = [{**row, "note": "not trained on, so not written"} for row in rows]
+    assert found(tmp_path, wider).keys() == {"extra_columns", "no_validation"}
+    monkeypatch.setattr("labkit.examples.findings.MAX_FILE", size - 1)
+    assert found(tmp_path, wider).keys() == {"extra_columns", "no_validation", "too_large"}
+    monkeypatch.setattr("labkit.examples.findings.MAX_LINES", 119)
+    assert "too_many" in found(tmp_path, rows) and "too_many" not in found(tmp_path, rows, model="gpt-4o-mini")
 
 
 def test_a_large_file_is_read_alike_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

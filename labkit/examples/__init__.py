@@ -8,6 +8,7 @@ near-duplicates and `privacy` secrets. `command` is `labkit prepare`.
 """
 
 from labkit.examples.rows import MAX_DEPTH as MAX_DEPTH
+from labkit.examples.rows import MAX_FILE as MAX_FILE
 from labkit.examples.rows import MAX_LINE as MAX_LINE
 from labkit.examples.rows import MAX_LINES as MAX_LINES
 from labkit.examples.rows import MINIMUM as MINIMUM

@@ -33,6 +33,8 @@ CATALOGUE = {
     "too_long": ("error", "The job would refuse the file.", "Set the lines aside."),
     "too_many": ("error", "The local service would refuse the file.",
                  "Train on fewer, or name the hosted model that is to be trained with --model."),
+    "too_large": ("error", "The local service and OpenAI would refuse the upload.",
+                  "Train on fewer, or cut long examples."),
     "mixed_forms": ("error", "A job trains one form.", "Convert pairs into chats, and set pairs of answers aside."),
     "no_examples": ("error", "There is nothing to train on.", "Give a file with examples."),
     "too_few": ("error", f"A job needs at least {MINIMUM} examples to train on, and one to validate on.", "Add more."),

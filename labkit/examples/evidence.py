@@ -119,6 +119,7 @@ class Scan:
     inside: Spots = field(default_factory=Spots)  # the common prompt suffix again, inside prompts
     labels: Counter[str] | None = field(default_factory=Counter)
     rows: int = 0
+    size: int = 0  # bytes of the examples as JSONL
     boilerplate: np.ndarray | None = None  # pairs of words that many examples share
 
     @property
@@ -169,6 +170,7 @@ class Scan:
             self.labels.update(part.labels)
             self.labels = self.labels if len(self.labels) <= MOST_LABELS else None
         self.rows += part.rows
+        self.size += part.size
 
     def finish(self) -> None:
         """Turn the arrays into numpy's, without a copy."""

@@ -17,7 +17,7 @@ from labkit import tokens
 from labkit.examples import fixes as mend
 from labkit.examples import privacy, similar
 from labkit.examples.evidence import ENDINGS, MOST_LABELS, SEPARATORS, Common, Scan, Spots
-from labkit.examples.formats import decoded
+from labkit.examples.formats import decoded, dump
 from labkit.examples.rows import (
     KEYS,
     Chat,
@@ -105,6 +105,7 @@ def _recognised(found: Scan, batch: list[Item], asked: Question) -> list[tuple[i
             found.problems.setdefault(kind, Spots()).add(line, example.field, example)
         else:
             kept.append((index, line, row, example))
+            found.size += len(dump({key: value for key, value in row.items() if key in KEYS[_form(example)]}))
             if row.keys() - KEYS[_form(example)]:
                 found.spot("extra_columns", line, ", ".join(sorted(map(str, row.keys() - KEYS[_form(example)])))[:80])
     return kept

@@ -9,7 +9,7 @@ import numpy as np
 
 from labkit.examples.catalogue import CATALOGUE, LIMITS
 from labkit.examples.evidence import ENDINGS, SEPARATORS, Scan
-from labkit.examples.rows import MAX_LINES, MINIMUM
+from labkit.examples.rows import MAX_FILE, MAX_LINES, MINIMUM
 from labkit.examples.similar import near_pairs
 
 
@@ -236,6 +236,9 @@ class Finder:
             self.add("too_few", f"The file has {self.scan.count} example(s); the minimum is {self.minimum}.")
         elif self.scan.count > MAX_LINES and (self.model is None or self.model.startswith("smollm2")):
             self.add("too_many", f"The file has {self.scan.count:,} examples; the local service takes {MAX_LINES:,}.")
+        elif self.scan.size > MAX_FILE:
+            self.add("too_large", f"The examples take {self.scan.size / (1 << 20):,.1f} MB as JSONL; a file may have "
+                                  f"{MAX_FILE >> 20}.")
         elif self.scan.count < 100 and self.minimum > 1:
             self.add("few_examples", f"The file has {self.scan.count} examples.")
 

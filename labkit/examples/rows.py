@@ -16,6 +16,7 @@ BOM = b"\xef\xbb\xbf"  # what Windows editors put before UTF-8
 MINIMUM = 10  # examples; OpenAI refuses a job with fewer
 MAX_LINE = 1 << 20  # bytes; the 65,536 tokens that OpenAI takes of an example are about a quarter of that in English
 MAX_LINES = 100_000
+MAX_FILE = 512 << 20  # bytes, as at OpenAI (OpenAPI specification of August 2026)
 MAX_DEPTH = 64  # lists and objects within each other
 ROLES = ("system", "developer", "user", "assistant")
 TOOL_ROLES = ("tool", "function")  # hosted providers only

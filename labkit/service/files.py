@@ -20,8 +20,7 @@ from labkit.service.schemas import Body as RequestBody
 from labkit.service.store import Row, Store
 
 PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
-FILE_LIMIT = 512 << 20  # bytes, as at OpenAI
-LIMITS = {"fine-tune": FILE_LIMIT, "batch": 200 << 20}  # bytes; of an upload in parts too, as at OpenAI
+LIMITS = {"fine-tune": examples.MAX_FILE, "batch": 200 << 20}  # bytes; of an upload in parts too, as at OpenAI
 MIN_EXPIRY, MAX_EXPIRY = 3600, 30 * 86400  # seconds, as at OpenAI
 
 
@@ -66,7 +65,7 @@ def routes() -> APIRouter:
 
     @router.post("/files")
     async def create_file(request: Request, store: Mine) -> Body:
-        with Upload(request.headers.get("content-type", ""), store.incoming, FILE_LIMIT) as upload:
+        with Upload(request.headers.get("content-type", ""), store.incoming, examples.MAX_FILE) as upload:
             async for piece in request.stream():
                 await run_in_threadpool(_take, store, upload, piece)
             return await run_in_threadpool(_accept, store, upload)
