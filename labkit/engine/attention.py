@@ -21,6 +21,8 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "labkit"
 PROBED = 8  # keys looked at for the highest score: a text's first tokens draw most attention (arXiv 2309.17453)
+FEW = 16  # fresh tokens to which the past is not joined: a copy costs more then, and gradients run through it
+PIECE = 64  # queries at a time
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -92,28 +94,53 @@ def attend(
     if past is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     past.fresh.append((key.detach(), value.detach()))
-    if not past.shared and not past.states.shape[4]:  # no past at all: PyTorch's own is quicker by 2 ms a pass
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=query.shape[2] > 1)
     assert isinstance(module.layer_idx, int)
     keys, values = past.states[module.layer_idx]
-    rows, heads, fresh, width = query.shape
-    groups = key.shape[1]
-    shared = heads // groups  # query heads that share one key head
-    scaling = width**-0.5 if scaling is None else scaling
-    folded = (query * scaling).reshape(rows, groups, shared * fresh, width)
+    own = [(keys, values), (key, value)]
+    fresh = query.shape[2]
+    if fresh > FEW:
+        own = [(torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2))]
+    shared = [(part.states[module.layer_idx], part.rows) for part in past.shared]
+    query = query * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    mixed = []
+    for begin, end in [(0, fresh)] if shared else _pieces(fresh):
+        keys, values = own[-1]
+        seen = keys.shape[2] - fresh + end
+        upto = [*own[:-1], (keys[:, :, :seen], values[:, :, :seen])]
+        mixed.append(_attend(query[:, :, begin:end], upto, past.hidden, shared))
+    return torch.cat(mixed, dim=2).transpose(1, 2), None
+
+
+def _pieces(fresh: int) -> list[tuple[int, int]]:
+    """Where to part the queries: scores that the mask would hide are mostly not worked out then."""
+    count = max(1, round(fresh / PIECE))
+    return [(fresh * i // count, fresh * (i + 1) // count) for i in range(count)]
+
+
+def _attend(
+    query: torch.Tensor, own: list[KeysValues], hidden: torch.Tensor | None,
+    shared: list[tuple[torch.Tensor, list[int]]],
+) -> torch.Tensor:
+    """Attention of scaled queries `[rows, query heads, n, width]`, the last of which stands where `own` ends."""
+    rows, heads, count, width = query.shape
+    groups = own[0][0].shape[1]
+    folded = query.reshape(rows, groups, -1, width)  # query heads that share a key head, one after another
     # Scores stay in the network's own format: softmax works in float32 inside, and to convert them takes far longer.
-    before = folded @ keys.transpose(2, 3)
-    if past.hidden is not None:
-        before = before.masked_fill(past.hidden, -torch.inf)
-    later = torch.ones(fresh, fresh, dtype=torch.bool).triu(1).repeat(shared, 1)
-    among = (folded @ key.transpose(2, 3)).masked_fill(later, -torch.inf)
-    if past.shared:
-        layer = [(part.states[module.layer_idx], part.rows) for part in past.shared]
-        mixed = _with_shared(folded, [(before, values), (among, value)], layer)
+    scores = [folded @ keys.transpose(2, 3) for keys, _ in own]
+    if hidden is not None:
+        scores[0][..., : hidden.shape[-1]].masked_fill_(hidden, -torch.inf)
+    later = torch.full((count, count), -torch.inf, dtype=query.dtype).triu(1).repeat(heads // groups, 1)
+    scores[-1][..., -count:].add_(later)
+    values = [values for _, values in own]
+    if shared:
+        mixed = _with_shared(folded, list(zip(scores, values, strict=True)), shared)
+    elif len(own) == 1:
+        mixed = scores[0].softmax(-1) @ values[0]
     else:
-        weights = torch.cat([before, among], dim=-1).softmax(-1)
-        mixed = weights[..., : keys.shape[2]] @ values + weights[..., keys.shape[2] :] @ value
-    return mixed.reshape(rows, heads, fresh, width).transpose(1, 2), None
+        weights = torch.cat(scores, dim=-1).softmax(-1)
+        before = values[0].shape[2]
+        mixed = weights[..., :before] @ values[0] + weights[..., before:] @ values[1]
+    return mixed.view(rows, heads, count, width)
 
 
 def _with_shared(
@@ -124,21 +151,32 @@ def _with_shared(
     `query` is `[rows, key heads, n, width]`, as the result; scores and values are `[rows, key heads, n,
     tokens]` and `[rows, key heads, tokens, width]`; what is shared is `[2, key heads, tokens, width + 1]`.
     """
-    heads, width = query.shape[1], query.shape[3]
-    folded = [query[members].transpose(0, 1).reshape(heads, -1, width) for _, members in shared]
-    for probed in (PROBED, None):  # all keys only if a later score was higher by 88, and exp left its range
-        peak = torch.cat([scores.amax(-1, keepdim=True) for scores, _ in own if scores.shape[-1]], dim=-1)
-        peak = peak.amax(-1, keepdim=True)
-        for together, (states, members) in zip(folded, shared, strict=True):
-            highest = (together @ states[0, :, :probed, :width].transpose(1, 2)).amax(-1, keepdim=True)
+    rows, heads, count, width = query.shape
+    together = [(query if len(members) == rows else query[members]).transpose(0, 1).reshape(heads, -1, width)
+                for _, members in shared]
+    every = sum(len(members) for _, members in shared) == rows
+    for probed in (PROBED, None):  # all keys only if a score was higher by 88, and exp left its range
+        peak = torch.full((rows, heads, count, 1), -torch.inf, dtype=query.dtype)
+        if not every or probed is None:
+            peak = torch.cat([scores.amax(-1, keepdim=True) for scores, _ in own if scores.shape[-1]], dim=-1)
+            peak = peak.amax(-1, keepdim=True)
+        for folded, (states, members) in zip(together, shared, strict=True):
+            highest = (folded @ states[0, :, :probed, :width].transpose(1, 2)).amax(-1, keepdim=True)
             peak[members] = peak[members].maximum(_unfolded(highest, len(members)))
-        total = torch.stack([(scores - peak).exp_() @ torch.nn.functional.pad(values, (0, 1), value=1.0)
-                             for scores, values in own]).float().sum(0)
-        for together, (states, members) in zip(folded, shared, strict=True):
+        total = torch.zeros(rows, heads, count, width + 1)
+        for scores, values in own:
+            weights = (scores - peak).exp_()
+            total[..., :width] += weights @ values
+            total[..., width:] += weights.sum(-1, keepdim=True)
+        for folded, (states, members) in zip(together, shared, strict=True):
             reference = peak[members].transpose(0, 1).reshape(heads, -1, 1)
-            weights = (torch.cat([together, -reference], dim=-1) @ states[0].transpose(1, 2)).exp_()
-            total[members] += _unfolded(weights @ states[1], len(members))
-        if total.isfinite().all():
+            weights = (torch.cat([folded, -reference], dim=-1) @ states[0].transpose(1, 2)).exp_()
+            sums = _unfolded(weights @ states[1], len(members))
+            if len(members) == rows:
+                total += sums
+            else:
+                total[members] += sums
+        if total[..., width].isfinite().all():
             break
     return (total[..., :width] / total[..., width:]).to(query.dtype)
 

@@ -8,14 +8,14 @@ A prompt is cut into blocks of `BLOCK` tokens. A block is named by a hash of the
 all tokens up to its end, so prompts that begin alike share their first blocks, and one file
 holds one block. For training, blocks are always computed one block at a time, from the blocks
 before them: what a file holds depends on the tokens alone, not on what was computed beside it.
-For answers, where a rounding may differ, several blocks of a lone prompt are computed at a time.
+For answers, where a rounding may differ, whole prompts are read in one pass, several together.
 """
 
 import hashlib
 import os
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,28 +152,27 @@ class PromptCache:
     def _compute(
         self, rows: list[list[Block]], held: dict[str, torch.Tensor], share: bool, endings: dict[str, int]
     ) -> dict[str, Ahead]:
-        """Compute what is missing, block by block from the left, all rows of one block together.
+        """Compute what is missing from the left on, block by block or, with `share`, stretch by stretch.
 
         `endings` are tokens to read after the blocks of these names; what became of them is returned.
         """
         ahead: dict[str, Ahead] = {}
-        level, last = 0, max((len(blocks) for blocks in rows), default=0)
-        while level < last:
-            span = _span(rows, held, level) if share else 1
-            pad = 1 if share and len(rows) == 1 else PAD  # a lone prompt needs nobody of its width
-            missing: dict[tuple[int, str], list[Block]] = {}
-            for blocks in rows:
-                if level < len(blocks) and blocks[level].name not in held:
-                    part = blocks[: level + span]
-                    tokens = sum(len(block.ids) for block in part[level:]) + (part[-1].name in endings)
-                    width = -(-tokens // pad) * pad
-                    missing.setdefault((width, part[-1].name), part)
-            for width in sorted({width for width, _ in missing}):
-                todo = [blocks for (other, _), blocks in missing.items() if other == width]
-                for begin in range(0, len(todo), ROWS):
-                    ahead |= self._forward(todo[begin : begin + ROWS], level, width, held, share, endings)
-            level += span
-        return ahead
+        while True:
+            missing = [next((i for i, block in enumerate(blocks) if block.name not in held), None) for blocks in rows]
+            level = min((begin for begin in missing if begin is not None), default=None)
+            if level is None:
+                return ahead
+            alike: dict[str, list[list[Block]]] = {}  # by the name of the block they go on with
+            for blocks, begin in zip(rows, missing, strict=True):
+                if begin == level:
+                    alike.setdefault(blocks[level].name, []).append(blocks)
+            todo: dict[int, list[list[Block]]] = {}  # by width
+            for members in alike.values():
+                part = members[0][: _common(members, level) if share else level + 1]
+                tokens = sum(len(block.ids) for block in part[level:]) + (part[-1].name in endings)
+                todo.setdefault(tokens if share else -(-tokens // PAD) * PAD, []).append(part)
+            for width, parts in _packed(todo) if share else _by_width(todo):
+                ahead |= self._forward(parts, level, width, held, share, endings)
 
     @torch.inference_mode()
     def _forward(
@@ -334,16 +333,27 @@ def _endings(rows: list[list[Block]], following: Sequence[int]) -> dict[str, int
     return {name: token for name, token in pairs if names[name] == 1}
 
 
-def _span(rows: list[list[Block]], held: Container[str], level: int) -> int:
-    """How many blocks from number `level` on to compute in one pass: more than one where few rows have few tokens."""
-    todo = [blocks for blocks in rows if level < len(blocks) and blocks[level].name not in held]
-    others = [blocks for blocks in rows if level < len(blocks) and blocks[level].name in held]
-    different = len({blocks[level].name for blocks in todo})
-    span = 1
-    while (span + 1) * different <= ROWS:
-        after = [blocks[level + span].name for blocks in todo if level + span < len(blocks)]
-        begins = any(level + span < len(blocks) and blocks[level + span].name not in held for blocks in others)
-        if not after or begins or len(set(after)) > different:
-            break  # the next block begins where rows part or another row's missing blocks do
-        span += 1
-    return span
+def _common(rows: list[list[Block]], level: int) -> int:
+    """How many of their blocks these rows have in common, as far as one pass goes that begins at number `level`."""
+    count = level + 1
+    while count < level + ROWS and len({row[count].name if count < len(row) else "" for row in rows}) == 1:
+        if count == len(rows[0]):
+            break
+        count += 1
+    return count
+
+
+def _by_width(todo: dict[int, list[list[Block]]]) -> Iterator[tuple[int, list[list[Block]]]]:
+    """Passes of rows of the same width: what comes out does not depend on the others then."""
+    for width, rows in sorted(todo.items()):
+        for begin in range(0, len(rows), ROWS):
+            yield width, rows[begin : begin + ROWS]
+
+
+def _packed(todo: dict[int, list[list[Block]]]) -> Iterator[tuple[int, list[list[Block]]]]:
+    """Passes of rows of nearly the same width, as many as come to the same number of tokens."""
+    rows = [(width, row) for width, alike in sorted(todo.items()) for row in alike]
+    while rows:
+        count = max(n for n in range(1, len(rows) + 1) if n == 1 or n * rows[n - 1][0] <= ROWS * BLOCK)
+        yield rows[count - 1][0], [row for _, row in rows[:count]]
+        rows = rows[count:]

@@ -154,6 +154,25 @@ def test_prompts_that_begin_alike_are_computed_once(base: model.BaseModel, tmp_p
     assert torch.equal(past.states, again.states)
 
 
+@pytest.mark.parametrize("beginning", [0, 130])
+def test_prompts_read_together_are_what_the_network_makes_of_each(base: model.BaseModel, beginning: int) -> None:
+    """Of all lengths, in one piece and in several, and with a beginning in common that is attended over once."""
+    lengths = [length for length in (60, 3, 130, 200, 64, 75) if beginning + length < base.context]
+    prompts = [list(range(3, 3 + beginning)) + [(7 * i + j) % 300 for j in range(length)]
+               for i, length in enumerate(lengths)]
+    cache = PromptCache(base, None)
+    past, _ = cache.fetch([prompt[:-1] for prompt in prompts], share=True, following=[p[-1] for p in prompts])
+    assert past.ahead is not None and cache.computed < sum(map(len, prompts))
+    for row, prompt in enumerate(prompts):
+        with torch.inference_mode():
+            whole = base.network(input_ids=torch.tensor([prompt]), use_cache=True)
+        keys = torch.stack([layer.keys[0] for layer in whole.past_key_values.layers])
+        own = past.lengths[row]
+        torch.testing.assert_close(past.states[:, 0, row, :, past.states.shape[4] - own :],
+                                   keys[:, :, len(prompt) - 1 - own : -1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(past.ahead[1][row], whole.logits[0, -1], atol=1e-4, rtol=1e-3)
+
+
 def test_what_is_cached_does_not_depend_on_what_was_computed_beside_it(base: model.BaseModel) -> None:
     prompts = [[(7 * i + j) % 300 for j in range(20 + 30 * i)] for i in range(5)]
     together = PromptCache(base, None).fetch(prompts)[0]
