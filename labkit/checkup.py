@@ -1,7 +1,7 @@
 """`labkit doctor`: what is ready on this machine, what is not, and how to mend it.
 
-Looks only; fetches, installs and changes nothing, but for a second of measuring that the service
-would do as well. torch is asked in a process of its own: one that is broken cannot take the
+Looks only; fetches, installs and changes nothing, but for half a second of measuring that the
+service would do as well. torch is asked in a process of its own: one that is broken cannot take the
 notebook with it, and the notebook stays small.
 """
 
@@ -22,10 +22,8 @@ from labkit import assets, paths, pricing
 FREE_FIX, FREE_WARN = 1e9, 10e9  # bytes: the model while it is made; and the prompt cache, which takes up to 8 GB
 MEMORY_FIX, MEMORY_WARN = 2e9, 4e9  # bytes: service and worker hold the model, torch and a batch each
 HOSTS = ("huggingface.co", "ndownloader.figshare.com")  # second source of the model, first of the posts
-ASK_TORCH = ("import json, torch; from labkit.engine import model; name = str(model.fast_dtype())[6:]; "
-             "timed = {kind: model._matmul_seconds(getattr(torch, kind)) for kind in ('float32', 'bfloat16')}; "
-             "print(json.dumps({'dtype': name, 'threads': torch.get_num_threads(), 'torch': torch.__version__, "
-             "'flops': {kind: 2 * 512 * 576 * 1536 / seconds for kind, seconds in timed.items()}}))")
+ASK_TORCH = ("import json; from labkit.engine import machine; "
+             "print(json.dumps(machine.measured() | {'dtype': str(machine.fast_dtype())[6:]}))")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def examine() -> Iterator[Line]:
 
 
 def machine() -> dict[str, Any]:
-    """What torch is quick in here: `dtype`, `threads`, `torch` (version), `flops` by dtype, measured in a second.
+    """What torch is quick in here: `dtype`, `threads`, `torch` (version), `flops` by dtype.
 
     Raises `RuntimeError` with torch's own words when it does not run.
     """

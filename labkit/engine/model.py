@@ -1,10 +1,6 @@
-"""The base model: weights, tokenizer, and the number format this machine is quick in."""
+"""The base model: weights and tokenizer."""
 
 import hashlib
-import json
-import os
-import platform
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from labkit import paths
 from labkit.engine import attention
+from labkit.engine.machine import fast_dtype
 from labkit.errors import LabkitError
 
 # For tokenizers that bring no chat template of their own, such as GPT-2's.
@@ -115,44 +112,6 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> BaseModel:
             "Name a folder with config.json, tokenizer.json and *.safetensors files."
         ) from error
     return BaseModel(network, tokenizer, f"{_weights_digest(folder)}-{str(network.dtype).removeprefix('torch.')}")
-
-
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where this processor multiplies it faster than float32, else float32.
-
-    Measured once per machine and torch version (about a second) and remembered under
-    `LABKIT_HOME`: bfloat16 is 3-4 times as fast on processors with AVX512_BF16 or AMX, and up
-    to hundreds of times slower on some without (pytorch#146508).
-    """
-    if chosen := os.environ.get("LABKIT_DTYPE"):
-        if chosen not in ("float32", "bfloat16"):
-            raise LabkitError(f"LABKIT_DTYPE={chosen} is not known; set it to float32 or bfloat16, or unset it.")
-        return getattr(torch, chosen)
-    note = paths.home() / "machine.json"
-    machine = {"processor": platform.processor() or platform.machine(), "node": platform.node(),
-               "torch": torch.__version__, "threads": torch.get_num_threads()}
-    try:
-        remembered = json.loads(note.read_text())
-    except (OSError, ValueError):
-        remembered = {}
-    if any(remembered.get(key) != value for key, value in machine.items()):
-        seconds = {name: _matmul_seconds(getattr(torch, name)) for name in ("float32", "bfloat16")}
-        remembered = machine | {"seconds": seconds, "dtype": min(seconds, key=lambda name: seconds[name])}
-        paths.write_text(note, json.dumps(remembered, indent=1))
-    return getattr(torch, remembered["dtype"])
-
-
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """The best time of a product as large as one of SmolLM2's layers, given at most half a second."""
-    left, right = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-    best, end = float("inf"), time.perf_counter() + 0.5
-    while True:
-        begin = time.perf_counter()
-        torch.nn.functional.linear(left, right)
-        now = time.perf_counter()
-        best = min(best, now - begin)
-        if now > end:
-            return best
 
 
 def _weights_digest(folder: Path) -> str:

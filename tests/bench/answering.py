@@ -88,23 +88,26 @@ def generate(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
 
 
 def overhead(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
-    """One token for prompts never seen before, one request at a time, against a bare forward pass."""
-    prompts = [tokens.truncate(text.strip(), 120) for text in workload.older(REQUESTS).text]
-    workload.forget_prompts()
+    """One token for prompts never seen before, of three lengths, one request at a time, against a bare forward pass."""
 
     def first_streamed(prompt: str) -> None:
         stream = client.completions.create(model=BASE, prompt=prompt, max_tokens=8, temperature=0, stream=True)
         next(iter(stream))
         stream.close()
 
-    whole = [1000 * seconds(lambda p=p: client.completions.create(model=BASE, prompt=p, max_tokens=1, temperature=0))
-             for p in prompts]
-    streamed = [1000 * seconds(lambda p=p: first_streamed(p)) for p in [f"Again: {p}" for p in prompts]]
-    theirs = rivals.run("single", folder=str(assets.base_model()), dtype=dtype, prompts=prompts)
-    ours = sheet.figure("overhead", "one-token request of 120 tokens", whole, "ms")
-    sheet.figure("overhead", "first streamed token", streamed, "ms")
-    bare = sheet.figure("overhead", "bare forward pass", [1000 * s for s in theirs["seconds"]], "ms")
-    sheet.ratio("overhead", "request / forward pass", ours / bare, ("<=", 1.2))
+    for length in (16, 60, 120):
+        texts = workload.older(400).text.str.strip()
+        long_enough = [text for text in texts if tokens.count(text) >= length]
+        prompts = [tokens.truncate(text, length) for text in long_enough[:REQUESTS]]
+        workload.forget_prompts()
+        whole = [1000 * seconds(lambda p=p: client.completions.create(model=BASE, prompt=p, max_tokens=1,
+                                                                      temperature=0)) for p in prompts]
+        streamed = [1000 * seconds(lambda p=p: first_streamed(p)) for p in [f"Again: {p}" for p in prompts]]
+        theirs = rivals.run("single", folder=str(assets.base_model()), dtype=dtype, prompts=prompts)
+        ours = sheet.figure("overhead", f"one-token request of {length} tokens", whole, "ms")
+        sheet.figure("overhead", f"first streamed token after {length}", streamed, "ms")
+        bare = sheet.figure("overhead", f"bare forward pass over {length}", [1000 * s for s in theirs["seconds"]], "ms")
+        sheet.ratio("overhead", f"request / forward pass, {length} tokens", ours / bare, ("<=", 1.2))
 
 
 def start(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
