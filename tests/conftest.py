@@ -111,7 +111,7 @@ class RunningService:
         return [entry for line in lines if (entry := json.loads(line))["event"] == event]
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 40.0) -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
     """Ask `condition` until it says yes; its answer."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
