@@ -1,6 +1,6 @@
 # make lab      fine-tune a real language model: the whole lab, headless        (results: build/lab/)
 # make course   open the course in JupyterLab
-# make test     every test: linters, pytest over tests/ in two processes, nbval over notebooks/solutions/
+# make test     every test: linters, pytest over tests/, nbval over notebooks/solutions/; two processes at a time
 # make slides   render the decks to HTML and PDF                               (build/slides/; needs Node.js)
 # make notebooks  for authors: derive the learners' notebooks from notebooks/solutions/
 # make bench    speed beside rival stacks, an hour in all; ROWS="train classify" for some (results: build/bench/)
@@ -28,7 +28,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -p tests.conftest notebooks/solutions
+	$(BIN)/python -m pytest -p tests.conftest notebooks/solutions --numprocesses 2 --dist loadfile
 
 slides:
 	$(PYTHON) slides/render.py

@@ -29,17 +29,22 @@ HOME = paths.COURSE / "build" / "test"  # LABKIT_HOME of the whole run, notebook
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep the user's own LABKIT_HOME out of it. Only fetched assets stay from one run to the next."""
-    os.environ["LABKIT_HOME"] = str(HOME)
     if _is_helper(config):
+        own = HOME / config.workerinput["workerid"]
+        own.mkdir(parents=True, exist_ok=True)
+        (own / "assets").symlink_to(HOME / "assets", target_is_directory=True)
+        os.environ["LABKIT_HOME"] = str(own)
         os.environ["OMP_NUM_THREADS"] = "1"  # the processes share the cores
     else:
+        os.environ["LABKIT_HOME"] = str(HOME)
         _clear()
+        (HOME / "assets").mkdir(parents=True, exist_ok=True)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """End the service that a notebook started."""
+    stop_service()
     if not _is_helper(config):
-        stop_service()
         _clear()
 
 
