@@ -154,7 +154,8 @@ def _lifetime(fields: dict[str, str]) -> int | None:
         return None
     if anchor != "created_at":
         raise bad_request("Invalid 'expires_after.anchor': use 'created_at'.", "expires_after.anchor")
-    if not (seconds and seconds.isascii() and seconds.isdigit() and MIN_EXPIRY <= int(seconds[:12]) <= MAX_EXPIRY):
+    if not (seconds and len(seconds) <= 9 and seconds.isascii() and seconds.isdigit()
+            and MIN_EXPIRY <= int(seconds) <= MAX_EXPIRY):
         raise bad_request(f"Invalid 'expires_after.seconds': use a number from {MIN_EXPIRY} to {MAX_EXPIRY}.",
                           "expires_after.seconds")
     return int(seconds)

@@ -40,7 +40,7 @@ def page(
 def _limit(text: str | None, default: int, most: int) -> int:
     if text is None:
         return default
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= most:
+    if len(text) > 9 or not text.isascii() or not text.isdigit() or not 1 <= int(text) <= most:
         raise bad_request(f"Invalid 'limit': use a number from 1 to {most}.", "limit")
     return int(text)
 

@@ -34,6 +34,7 @@ def test_paging_order_and_purpose(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("query, param", [
     ({"after": "file-unknown"}, "after"), ({"limit": 0}, "limit"), ({"limit": "many"}, "limit"),
+    ({"limit": "000000001" + "9" * 20}, "limit"), ({"limit": "000000001" + "9" * 5000}, "limit"),
     ({"order": "up"}, "order"), ({"before": "x"}, "before"),
 ])
 def test_a_wrong_query_is_refused_by_name(client: openai.OpenAI, query: dict[str, str], param: str) -> None:
@@ -75,8 +76,10 @@ def test_names_never_become_paths(client: openai.OpenAI) -> None:
 def test_an_expiring_file_says_when(client: openai.OpenAI) -> None:
     made = client.files.create(file=b"x", purpose="user_data", expires_after={"anchor": "created_at", "seconds": 3600})
     assert made.expires_at is not None and abs(made.expires_at - time.time() - 3600) < 60
-    with pytest.raises(openai.BadRequestError, match="3600"):
-        client.files.create(file=b"x", purpose="user_data", expires_after={"anchor": "created_at", "seconds": 5})
+    for seconds in (5, "000000003600" + "9" * 20, "000000003600" + "9" * 5000):
+        with pytest.raises(openai.BadRequestError, match="3600"):
+            client.files.create(file=b"x", purpose="user_data",
+                                expires_after={"anchor": "created_at", "seconds": seconds})  # type: ignore[typeddict-item]
 
 
 def test_a_large_upload_arrives_whole(client: openai.OpenAI) -> None:
