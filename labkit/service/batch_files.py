@@ -82,9 +82,11 @@ def body_of(path: Path, line: Line) -> bytes:
 
 
 def _parsed(raw: bytes) -> Any:
-    """A line's JSON; None if it is none."""
+    """A line's JSON; None if it is none, or holds what no reply could repeat."""
     try:
-        return json.loads(raw)
+        value = json.loads(raw)
+        json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair
+        return value
     except (ValueError, RecursionError):  # ValueError: half a character, or a number of thousands of digits, too
         return None
 
@@ -92,8 +94,8 @@ def _parsed(raw: bytes) -> Any:
 def _problem(request: Any, endpoint: str, seen: set[str], model: str | None) -> tuple[str, str, str | None] | None:
     """Code, message and parameter of what is wrong with a request."""
     if not isinstance(request, dict):
-        return ("invalid_json_line", "The line is not a JSON object. Each line must be one, such as {\"custom_id\": "
-                "\"1\", \"method\": \"POST\", \"url\": \"" + endpoint + "\", \"body\": {…}}.", None)
+        return ("invalid_json_line", "The line is not a JSON object of whole characters. Each line must be one, such "
+                "as {\"custom_id\": \"1\", \"method\": \"POST\", \"url\": \"" + endpoint + "\", \"body\": {…}}.", None)
     for name in ("custom_id", "method", "url", "body"):
         if name not in request:
             return MISSING, f"Missing required parameter: '{name}'.", name

@@ -126,6 +126,13 @@ def test_every_wrong_line_is_listed(own: RunningService) -> None:
     assert empty.errors and empty.errors.data and empty.errors.data[0].code == "empty_file"
 
 
+@pytest.mark.parametrize("half", [{**line("a"), "\ud800": 1}, line("a", model="\ud800"), line("\ud800")])
+def test_half_a_character_in_a_line_fails_the_batch_and_no_reply(own: RunningService, half: dict[str, Any]) -> None:
+    batch = ended(own.client, start(own.client, jsonl([half])))
+    assert batch.errors and batch.errors.data and batch.errors.data[0].code == "invalid_json_line"
+    assert batch.id in {listed.id for listed in own.client.batches.list(limit=5).data}
+
+
 def test_limits_of_an_input_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_files, "MAX_REQUESTS", 3)
     monkeypatch.setattr(batch_files, "BODY_LIMIT", 400)

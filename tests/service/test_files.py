@@ -78,8 +78,8 @@ def test_an_expiring_file_says_when(client: openai.OpenAI) -> None:
     assert made.expires_at is not None and abs(made.expires_at - time.time() - 3600) < 60
     for seconds in (5, "000000003600" + "9" * 20, "000000003600" + "9" * 5000):
         with pytest.raises(openai.BadRequestError, match="3600"):
-            client.files.create(file=b"x", purpose="user_data",
-                                expires_after={"anchor": "created_at", "seconds": seconds})  # type: ignore[typeddict-item]
+            client.files.create(file=b"x", purpose="user_data", expires_after={
+                "anchor": "created_at", "seconds": seconds})  # type: ignore[typeddict-item]
 
 
 def test_a_large_upload_arrives_whole(client: openai.OpenAI) -> None:
