@@ -15,6 +15,7 @@ from labkit.examples import MAX_DEPTH, too_deep
 from labkit.service.errors import bad_request
 
 MAX_SUFFIX = 64  # characters
+MAX_PARAMETERS = 64  # of one object in a body; no object has as many to offer
 
 
 class Body(BaseModel):
@@ -28,6 +29,9 @@ class Body(BaseModel):
     def _drop_what_is_off(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if len(data) > MAX_PARAMETERS:  # else each unknown one is an error, and millions of errors fill the memory
+            raise bad_request(f"An object of the body has {len(data):,} parameters. None takes more than "
+                              f"{MAX_PARAMETERS}.", code="unknown_parameter")
         if too_deep(data):
             raise bad_request(f"The body is nested more than {MAX_DEPTH} levels deep. Send less nesting.",
                               code="invalid_json")
@@ -49,8 +53,19 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-Metadata = Annotated[dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]],
-                     Field(max_length=16)]
+
+
+def at_most(count: int) -> BeforeValidator:
+    """Refuses more entries before any is looked at: pydantic checks a dict's length last, after listing all errors."""
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            raise ValueError(f"it has {len(value):,} entries, but may have {count:,} at most")
+        return value
+
+    return BeforeValidator(check)
+
+
+Metadata = Annotated[dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]], at_most(16)]
 
 
 # --- fine-tuning jobs ----------------------------------------------------------------------------

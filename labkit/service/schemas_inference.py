@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from labkit.service.errors import bad_request
-from labkit.service.schemas import Body, Metadata, Text
+from labkit.service.schemas import Body, Metadata, Text, at_most
 
 MAX_ANSWERS = 2048  # of one request
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -20,7 +20,8 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Stop = Annotated[list[Annotated[Text, Field(min_length=1)]], BeforeValidator(_as_list), Field(max_length=4)]
+# A limit of a list's length stands before what changes its value: so it ends the check of the first item too many.
+Stop = Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=4), BeforeValidator(_as_list)]
 
 
 def _by_number(value: Any) -> Any:
@@ -32,8 +33,7 @@ def _by_number(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
-Bias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_by_number),
-                 Field(max_length=1024)]
+Bias = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_by_number), at_most(1024)]
 
 
 class StreamOptions(Body):
@@ -85,7 +85,7 @@ def _kind(item: Any) -> str:
     return "tokens" if isinstance(item, list) and item and all(type(i) is int for i in item) else "other"
 
 
-Prompts = Annotated[list[Text | list[int]], BeforeValidator(_prompts), Field(max_length=MAX_ANSWERS)]
+Prompts = Annotated[list[Text | list[int]], Field(max_length=MAX_ANSWERS), BeforeValidator(_prompts)]
 
 
 class CompletionCreate(Sampling):
@@ -226,7 +226,7 @@ class ResponseCreate(Body):
     """The body of `responses.create`."""
 
     model: Text
-    input: Annotated[list[Item], BeforeValidator(_items), Field(min_length=1, max_length=2048)]
+    input: Annotated[list[Item], Field(min_length=1, max_length=2048), BeforeValidator(_items)]
     instructions: Text | None = None
     max_output_tokens: Annotated[int | None, Field(ge=1)] = None
     metadata: Metadata = {}

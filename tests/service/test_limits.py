@@ -5,8 +5,12 @@ from pathlib import Path
 
 import openai
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from labkit import examples
+from labkit.service.errors import ApiError
+from labkit.service.schemas import JobCreate
+from labkit.service.schemas_inference import ChatCreate, CompletionCreate, ResponseCreate
 from tests.conftest import RunningService, posts
 from tests.service.test_wire import send
 
@@ -54,3 +58,19 @@ def test_a_deep_body_is_told_apart_from_a_wrong_one(service: RunningService, pat
         assert (status, reply["error"]["code"]) == (400, "invalid_json") and "nest" in reply["error"]["message"]
     status, reply, _ = send(service, "POST", path, b'{"model": ' + b"[" * (DEEP - 1) + b"]" * (DEEP - 1) + b"}")
     assert (status, reply["error"]["code"], reply["error"]["param"]) == (400, "invalid_type", "model")
+
+
+@pytest.mark.parametrize("schema, wrong", [
+    (CompletionCreate, {f"unknown{number}": 1 for number in range(3000)}),
+    (CompletionCreate, {"logit_bias": {str(number): "x" for number in range(3000)}}),
+    (CompletionCreate, {"stop": [1] * 3000}),
+    (CompletionCreate, {"prompt": ["\ud800"] * 3000}),
+    (ChatCreate, {"messages": [{}] * 3000}),
+    (ResponseCreate, {"input": [1] * 3000}),
+    (JobCreate, {"metadata": {str(number): 1 for number in range(3000)}}),
+])
+def test_a_body_of_millions_of_wrong_things_is_told_of_a_few(schema: type[BaseModel], wrong: dict[str, object]) -> None:
+    """Each error takes memory, and a body of 32 MB has room for many millions of wrong values."""
+    with pytest.raises((ValidationError, ApiError)) as error:
+        schema.model_validate({"model": "m", **wrong})
+    assert not isinstance(error.value, ValidationError) or error.value.error_count() < 5
