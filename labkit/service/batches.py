@@ -75,7 +75,6 @@ def routes(wake: Callable[[], None]) -> APIRouter:
 
 
 def _create(store: Store, body: BatchCreate, retried: bool) -> Body:
-    files.check(store, "input_file_id", body.input_file_id, "batch")
     created = objects.batch(body.endpoint, body.input_file_id, body.completion_window,
                             WINDOWS[body.completion_window], body.metadata)
     fingerprint = retries.fingerprint(body)
@@ -83,7 +82,8 @@ def _create(store: Store, body: BatchCreate, retried: bool) -> Body:
              "output_lifetime": body.output_expires_after.seconds if body.output_expires_after else None}
     folder = store.batches / created["id"]
     try:
-        with store.transaction():
+        with store.transaction():  # within it no file is deleted
+            files.check(store, "input_file_id", body.input_file_id, "batch")
             if retried and (earlier := retries.earlier(store, "batch", fingerprint)):
                 return earlier.body
             # Its own copy: the file may be deleted or expire while the batch is worked on.

@@ -89,17 +89,17 @@ def routes(models: Models, wake: Callable[[], None]) -> APIRouter:
 
 def _create(models: Models, store: Store, body: JobCreate, weights: Weights, retried: bool) -> Body:
     fingerprint = retries.fingerprint(body)
-    inner = _plan(models, store, body, weights) | {"fingerprint": fingerprint}
-    for name in ("training_file", "validation_file"):
-        if (id := getattr(body, name)) is not None:
-            files.check(store, name, id, "fine-tune")
     id = objects.new_id("ftjob-")
     hyperparameters = {name: "auto" if value is None else value for name, value in body.settings()}
     created = objects.job(
         id, body.model, body.training_file, body.validation_file,
         secrets.randbelow(2**31) if body.seed is None else body.seed, hyperparameters, body.metadata)
     try:
-        with store.transaction():
+        with store.transaction():  # within it no file and no model is deleted
+            inner = _plan(models, store, body, weights) | {"fingerprint": fingerprint}
+            for name in ("training_file", "validation_file"):
+                if (file := getattr(body, name)) is not None:
+                    files.check(store, name, file, "fine-tune")
             if retried and (earlier := retries.earlier(store, "job", fingerprint)):
                 return earlier.body
             keys.check_jobs(store)

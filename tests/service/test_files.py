@@ -1,6 +1,9 @@
 """/v1/files through the SDK."""
 
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 import pytest
@@ -87,3 +90,24 @@ def test_a_large_upload_arrives_whole(client: openai.OpenAI) -> None:
     made = client.files.create(file=("large.bin", content), purpose="user_data")
     assert made.bytes == len(content) and client.files.content(made.id).content == content
     client.files.delete(made.id)
+
+
+def start_batch(client: openai.OpenAI, id: str) -> None:
+    client.batches.create(input_file_id=id, endpoint="/v1/completions", completion_window="24h")
+
+
+def start_job(client: openai.OpenAI, id: str) -> None:
+    client.fine_tuning.jobs.cancel(client.fine_tuning.jobs.create(model="tiny-llama", training_file=id).id)
+
+
+@pytest.mark.parametrize("use, purpose", [(start_batch, "batch"), (start_job, "fine-tune")])
+def test_a_file_that_is_deleted_at_this_moment_is_there_or_not(
+    client: openai.OpenAI, use: Callable[[openai.OpenAI, str], Any], purpose: Any
+) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(15):
+            id = client.files.create(file=("a.jsonl", posts(1)), purpose=purpose).id
+            users = [pool.submit(use, client, id) for _ in range(3)]
+            client.files.delete(id)
+            for user in users:
+                assert isinstance(user.exception(), openai.BadRequestError | openai.NotFoundError | None)
