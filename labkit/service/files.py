@@ -1,11 +1,13 @@
 """/v1/files. A training file's syntax is checked at once, its examples when a job validates it."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
+from urllib.parse import quote
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse
+from fastapi.responses import StreamingResponse
 from openai.types import FileDeleted
 from pydantic import Field
 
@@ -21,6 +23,7 @@ from labkit.service.store import Row, Store
 
 PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
 LIMITS = {"fine-tune": examples.MAX_FILE, "batch": 200 << 20}  # bytes; of an upload in parts too, as at OpenAI
+PIECE = 1 << 20  # bytes of a file sent at a time
 MIN_EXPIRY, MAX_EXPIRY = 3600, 30 * 86400  # seconds, as at OpenAI
 
 
@@ -36,8 +39,12 @@ def find(store: Store, id: str) -> Row:
     drop_expired(store)
     row = store.get("file", id)
     if row is None:
-        raise ApiError(404, f"No such file: '{id}'. files.list() shows all files of yours.", "file_not_found", "id")
+        raise _missing(id)
     return row
+
+
+def _missing(id: str) -> ApiError:
+    return ApiError(404, f"No such file: '{id}'. files.list() shows all files of yours.", "file_not_found", "id")
 
 
 def check(store: Store, param: str, id: str, purpose: str) -> None:
@@ -85,10 +92,17 @@ def routes() -> APIRouter:
         return find(store, id).body
 
     @router.get("/files/{id}/content")
-    def file_content(id: str, store: Mine) -> FileResponse:
+    def file_content(id: str, store: Mine) -> StreamingResponse:
         row = find(store, id)
-        return FileResponse(store.files / row.id, media_type="application/octet-stream",
-                            filename=row.body["filename"])
+        try:
+            content = open(store.files / row.id, "rb")  # noqa: SIM115 - closed by _pieces
+        except FileNotFoundError:  # deleted at this moment
+            raise _missing(id) from None
+        # Not FileResponse: it opens the file only after the status is sent, and answers Range in an error shape of its
+        # own.
+        return StreamingResponse(_pieces(content), media_type="application/octet-stream", headers={
+            "Content-Length": str(row.body["bytes"]),
+            "Content-Disposition": f"attachment; filename*=utf-8''{quote(row.body['filename'], safe='')}"})
 
     @router.delete("/files/{id}")
     def delete_file(id: str, store: Mine) -> Body:
@@ -97,6 +111,12 @@ def routes() -> APIRouter:
         return objects.made(FileDeleted, id=id, object="file", deleted=True)
 
     return router
+
+
+def _pieces(content: BinaryIO) -> Iterator[bytes]:
+    with content:
+        while piece := content.read(PIECE):
+            yield piece
 
 
 def _take(store: Store, upload: Upload, piece: bytes) -> None:

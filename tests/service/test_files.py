@@ -76,6 +76,12 @@ def test_names_never_become_paths(client: openai.OpenAI) -> None:
         client.files.content("..%2fapi_key")
 
 
+def test_a_range_is_not_offered_and_does_no_harm(client: openai.OpenAI) -> None:
+    id = client.files.create(file=("na\u00efve;\r.txt", b"content"), purpose="user_data").id
+    for wanted in ("bytes=99-", "bytes=a", "bytes=0-1"):
+        assert client.files.content(id, extra_headers={"Range": wanted}).content == b"content"
+
+
 def test_an_expiring_file_says_when(client: openai.OpenAI) -> None:
     made = client.files.create(file=b"x", purpose="user_data", expires_after={"anchor": "created_at", "seconds": 3600})
     assert made.expires_at is not None and abs(made.expires_at - time.time() - 3600) < 60
@@ -100,7 +106,11 @@ def start_job(client: openai.OpenAI, id: str) -> None:
     client.fine_tuning.jobs.cancel(client.fine_tuning.jobs.create(model="tiny-llama", training_file=id).id)
 
 
-@pytest.mark.parametrize("use, purpose", [(start_batch, "batch"), (start_job, "fine-tune")])
+def read(client: openai.OpenAI, id: str) -> None:
+    assert client.files.content(id).content == posts(1)
+
+
+@pytest.mark.parametrize("use, purpose", [(start_batch, "batch"), (start_job, "fine-tune"), (read, "user_data")])
 def test_a_file_that_is_deleted_at_this_moment_is_there_or_not(
     client: openai.OpenAI, use: Callable[[openai.OpenAI, str], Any], purpose: Any
 ) -> None:
