@@ -20,6 +20,7 @@ from labkit.service.objects import Body
 MAX_REQUESTS = 50_000  # of one batch, as at OpenAI
 MAX_ERRORS = 100  # listed of a batch that fails
 MAX_CUSTOM_ID = 512  # characters
+MAX_NAME = 512  # characters of a model's or a parameter's name, which a batch shows and its errors repeat
 MISSING = "missing_required_parameter"
 
 
@@ -100,7 +101,8 @@ def _problem(request: Any, endpoint: str, seen: set[str], model: str | None) -> 
         if name not in request:
             return MISSING, f"Missing required parameter: '{name}'.", name
     if unknown := sorted(request.keys() - {"custom_id", "method", "url", "body"}):
-        return "unknown_parameter", f"Unknown parameter: '{unknown[0]}'.", unknown[0]
+        name = unknown[0][:MAX_NAME]
+        return "unknown_parameter", f"Unknown parameter: '{name}'.", name
     id, body = request["custom_id"], request["body"]
     if not isinstance(id, str) or not 1 <= len(id) <= MAX_CUSTOM_ID:
         return "invalid_custom_id", f"'custom_id' must be a string of 1 to {MAX_CUSTOM_ID} characters.", "custom_id"
@@ -118,6 +120,8 @@ def _body_problem(body: Any, model: str | None) -> tuple[str, str, str | None] |
         return "invalid_type", "'body' must be an object.", "body"
     if not isinstance(body.get("model"), str):
         return MISSING, "Missing required parameter: 'body.model', the name of a model.", "body.model"
+    if len(body["model"]) > MAX_NAME:
+        return "invalid_value", f"A model's name has at most {MAX_NAME} characters.", "body.model"
     if model is not None and body["model"] != model:
         return ("mismatched_model", f"All requests of a batch are for one model, and the first is for '{model}'. Make "
                 "a batch for each model.", "body.model")

@@ -23,6 +23,7 @@ from labkit.service.objects import Body
 from labkit.service.store import Store
 
 ALIASES = paths.COURSE / "data" / "model_aliases.json"
+MAX_ALIAS = 256  # characters; a pattern's * would match a name without end, and names are stored and logged
 OWN_ALIASES = "model_aliases.json"  # in the home folder: a user's table, which takes the place of the shipped one
 
 
@@ -48,7 +49,7 @@ class Models:
 
     def is_alias(self, name: str) -> bool:
         """Whether the table maps `name` to the local base."""
-        return any(fnmatchcase(name, pattern) for pattern in self.aliases)
+        return len(name) <= MAX_ALIAS and any(fnmatchcase(name, pattern) for pattern in self.aliases)
 
     def weights(self, name: str, store: Store) -> Weights:
         """What answers for `name`. Raises 404 for a name that stands for nothing here."""

@@ -149,6 +149,14 @@ def test_limits_of_an_input_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert codes(b"x\n" * 50) == ["invalid_json_line"] * 5
 
 
+def test_what_is_told_of_a_wrong_line_is_short(tmp_path: Path) -> None:
+    path, endless = tmp_path / "in.jsonl", "x" * 100_000
+    path.write_bytes(jsonl([line(1, model=endless), {**line(2), endless: 1}]))
+    found = batch_files.check(path, COMPLETIONS)
+    assert [error["code"] for error in found.errors] == ["invalid_value", "unknown_parameter"]
+    assert found.model is None and len(str(found.errors)) < 3000
+
+
 def test_what_cannot_become_a_batch_is_refused(own: RunningService) -> None:
     client = own.client
     wrong = client.files.create(file=("a.jsonl", jsonl([line(1)])), purpose="user_data").id

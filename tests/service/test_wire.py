@@ -91,6 +91,13 @@ def test_the_log_holds_no_key_and_no_text(service: RunningService) -> None:
     assert service.key not in logged and "secret" not in logged and '"path": "/v1/completions"' in logged
 
 
+def test_an_endless_name_of_a_model_is_neither_logged_nor_stored(service: RunningService) -> None:
+    body = json.dumps({"model": "gpt-4o" + "x" * 100_000, "training_file": "file-none"}).encode()
+    status, reply, _ = send(service, "POST", "/v1/fine_tuning/jobs", body)
+    assert (status, reply["error"]["code"]) == (400, "model_not_available")
+    assert max(map(len, service.log_file.read_text().splitlines())) < 10_000
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits; files have the rights of the user's data folder")
 def test_the_key_is_readable_by_its_owner_only(service: RunningService) -> None:
     path = service.home / "api_key"
