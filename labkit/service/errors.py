@@ -12,6 +12,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 
 
 class ApiError(HTTPException):
@@ -65,6 +66,8 @@ def from_exception(error: BaseException) -> ApiError | None:
     """The reply for an exception that is no programming error, or None."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ClientDisconnect):  # nobody reads it; the log line shows the status
+        return ApiError(499, "The client left before its request was whole.", "client_closed_request")
     if disk_full(error):
         return ApiError(507, "The disk of this service is full, so nothing of this request was kept. Delete files "
                              "or models, or free disk space, and send the request again.",

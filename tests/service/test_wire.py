@@ -3,12 +3,13 @@
 import http.client
 import json
 import os
+import socket
 from urllib.parse import urlsplit
 
 import openai
 import pytest
 
-from tests.conftest import RunningService
+from tests.conftest import RunningService, wait_until
 
 
 def send(service: RunningService, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict, dict]:
@@ -96,6 +97,17 @@ def test_an_endless_name_of_a_model_is_neither_logged_nor_stored(service: Runnin
     status, reply, _ = send(service, "POST", "/v1/fine_tuning/jobs", body)
     assert (status, reply["error"]["code"]) == (400, "model_not_available")
     assert max(map(len, service.log_file.read_text().splitlines())) < 10_000
+
+
+def test_a_client_that_leaves_during_an_upload_is_no_fault_of_the_service(service: RunningService) -> None:
+    address, errors = urlsplit(service.url), len(service.log("error"))
+    head = (f"POST /v1/files HTTP/1.1\r\nHost: {address.netloc}\r\nAuthorization: Bearer {service.key}\r\n"
+            "Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 1000\r\n\r\n")
+    with socket.create_connection((address.hostname or "", address.port or 0)) as connection:
+        connection.sendall(head.encode() + FORM[:50])
+    wait_until(lambda: [entry for entry in service.log("request") if entry["status"] == 499], 10)
+    assert len(service.log("error")) == errors
+    assert not list((service.home / "incoming").iterdir())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such bits; files have the rights of the user's data folder")
