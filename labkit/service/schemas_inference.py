@@ -8,6 +8,7 @@ from labkit.service.errors import bad_request
 from labkit.service.schemas import Body, Metadata, Text, at_most
 
 MAX_ANSWERS = 2048  # of one request
+MAX_STOP = 1000  # characters of a stop sequence
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 NO_TOOLS: dict[str, tuple[Any, ...]] = {"tools": ([],), "parallel_tool_calls": (True, False)}
 NO_SERVICE_OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -21,7 +22,9 @@ def _as_list(value: Any) -> Any:
 
 
 # A limit of a list's length stands before what changes its value: so it ends the check of the first item too many.
-Stop = Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=4), BeforeValidator(_as_list)]
+# All beginnings of a stop sequence are looked for after each token: one of megabytes would hold up everybody.
+Stop = Annotated[list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP)]], Field(max_length=4),
+                 BeforeValidator(_as_list)]
 
 
 def _by_number(value: Any) -> Any:

@@ -38,6 +38,7 @@ CASES = [
     ("POST", "/v1/completions", b'{"a":' * 65 + b"1" + b"}" * 65, {}, 400, "invalid_json"),
     ("POST", "/v1/completions", b'{"model": "tiny-llama", "prompt": "\\ud800"}', {}, 400, "invalid_value"),
     ("POST", "/v1/completions", b'{"model": "tiny-llama", "temperature": NaN}', {}, 400, "invalid_value"),
+    ("POST", "/v1/completions", b'{"model": "tiny-llama", "stop": "%s"}' % (b"x" * 1001), {}, 400, "invalid_value"),
     ("POST", "/v1/files", b"{}", {}, 400, "invalid_body"),
     ("POST", "/v1/files", b"no parts", {"Content_Type": "multipart/form-data; boundary=x"}, 400, "invalid_body"),
     ("POST", "/v1/files", FORM[:-6], {"Content_Type": "multipart/form-data; boundary=x"}, 400, "invalid_body"),
