@@ -192,6 +192,8 @@ class Scheduler(threading.Thread):
         if weights.folder is None:
             return None
         if weights.folder not in self._adapters:
+            if not weights.folder.exists():
+                raise ApiError(404, f"The model '{weights.name}' has just been deleted.", "model_not_found", "model")
             self._make_room()
             # The folder's name is unlike any module's and has no dots, which the network's names cannot hold.
             name = f"adapter_{weights.folder.name}"

@@ -140,6 +140,21 @@ def test_a_folder_without_a_model_is_told_and_not_retried(tmp_path: Path) -> Non
     asyncio.run(fail())
 
 
+def test_a_model_that_is_deleted_while_its_call_waits_is_not_found(tmp_path: Path, tiny_model: Path) -> None:
+    async def fail() -> None:
+        own = scheduler.Scheduler(tiny_model, "x", tmp_path)
+        own.start()
+        call = Call("me", Weights("ft:x", tmp_path / "gone"), ["x"], Sampling(1, 1, 1, None, ()))
+        own.submit(call)
+        with pytest.raises(ApiError, match="ft:x") as error:
+            async for _ in call.pieces():
+                pass
+        own.close()
+        assert error.value.code == "model_not_found" and str(tmp_path) not in error.value.message
+
+    asyncio.run(fail())
+
+
 def test_offsets_count_characters_not_bytes() -> None:
     from labkit.engine.generate import Token
 
