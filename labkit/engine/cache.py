@@ -168,7 +168,7 @@ class PromptCache:
                     alike.setdefault(blocks[level].name, []).append(blocks)
             todo: dict[int, list[list[Block]]] = {}  # by width
             for members in alike.values():
-                part = members[0][: _common(members, level) if share else level + 1]
+                part = _common(members)[: level + (ROWS if share else 1)]
                 tokens = sum(len(block.ids) for block in part[level:]) + (part[-1].name in endings)
                 todo.setdefault(tokens if share else -(-tokens // PAD) * PAD, []).append(part)
             for width, parts in _packed(todo) if share else _by_width(todo):
@@ -320,9 +320,8 @@ def _beginnings(rows: list[list[Block]]) -> list[tuple[list[Block], list[int]]]:
             alike.setdefault(blocks[0].name, []).append(row)
     found = []
     for members in alike.values():
-        common = os.path.commonprefix([[block.name for block in rows[row]] for row in members])
         if len(members) > 1:
-            found.append((rows[members[0]][: len(common)], members))
+            found.append((_common([rows[row] for row in members]), members))
     return found
 
 
@@ -333,14 +332,9 @@ def _endings(rows: list[list[Block]], following: Sequence[int]) -> dict[str, int
     return {name: token for name, token in pairs if names[name] == 1}
 
 
-def _common(rows: list[list[Block]], level: int) -> int:
-    """How many of their blocks these rows have in common, as far as one pass goes that begins at number `level`."""
-    count = level + 1
-    while count < level + ROWS and len({row[count].name if count < len(row) else "" for row in rows}) == 1:
-        if count == len(rows[0]):
-            break
-        count += 1
-    return count
+def _common(rows: list[list[Block]]) -> list[Block]:
+    """The blocks that all these rows begin with."""
+    return rows[0][: len(os.path.commonprefix([[block.name for block in row] for row in rows]))]
 
 
 def _by_width(todo: dict[int, list[list[Block]]]) -> Iterator[tuple[int, list[list[Block]]]]:
