@@ -80,9 +80,11 @@ def least(answer: Any) -> None:
     names = ["zero-shot", "few-shot", "fine-tuned", "TF-IDF"]
     for trial in range(8):
         sizes = random.sample(range(0, 900, 10), 4)
-        if trial % 2:
-            sizes[1] = sizes[0] = min(sizes)  # level in tokens: accuracy decides
-        table = {name: (round(random.uniform(0.5, 0.99), 2), size) for name, size in zip(names, sizes, strict=True)}
+        shares = [share / 100 for share in random.sample(range(50, 100), 4)]
+        if trial % 2:  # the first two are level in tokens: accuracy decides, once for the first, once for the second
+            sizes[1] = sizes[0] = min(sizes)
+            shares[:2] = sorted(shares[:2], reverse=trial % 4 == 1)
+        table = dict(zip(names, zip(shares, sizes, strict=True), strict=True))
         accuracies = sorted(accuracy for accuracy, _ in table.values())
         for needed in (accuracies[0], accuracies[1], accuracies[-1], 0.995):
             fit = {name: (size, -accuracy) for name, (accuracy, size) in table.items() if accuracy >= needed}

@@ -44,7 +44,7 @@ def cheaper(answer: Any) -> None:
 ))
 def pays_after(answer: Any) -> None:
     """A function of training cost and cost of a request before and after: whole requests, or infinity."""
-    cases = [(10.0, 0.5, 0.25), (10.0, 0.25, 0.25), (3.0, 0.25, 0.5)]  # exact, level, dearer
+    cases = [(10.0, 0.5, 0.25), (10.0, 0.5, 0.125), (10.0, 0.25, 0.25), (3.0, 0.25, 0.5)]  # exact, not, level, dearer
     for _ in range(5):
         after = random.randint(1, 40) / 1024  # differences of these are exact, so that rounding up is no matter of luck
         cases.append((float(random.randint(1, 30)), after + random.randint(1, 40) / 1024, after))
@@ -84,10 +84,12 @@ def offer(answer: Any) -> None:
         lives = [days, *(random.randint(1, 2 * days) for _ in names[1:])]
         if trial % 4 == 0:
             lives = [random.randint(1, days - 1) for _ in names]
-        if trial % 4 == 1:  # the cheapest to train on is not the cheapest in all
+        prices = [(round(random.uniform(1, 60), 2), round(random.uniform(0.1, 3), 2)) for _ in names]
+        if trial % 4 == 1:  # the cheapest to train on is the dearest in all
             prompt, per_day, days, lives = 400, 4000, 300, [300] * 4
-        offers = {name: (round(random.uniform(1, 60), 2), round(random.uniform(0.1, 3), 2), life)
-                  for name, life in zip(random.sample(names, 4), lives, strict=True)}
+            prices = list(zip(sorted(random.sample(range(1, 60), 4)), (4, 3, 2, 1), strict=True))
+        offers = {name: (*price, life)
+                  for name, price, life in zip(random.sample(names, 4), prices, lives, strict=True)}
         costs = {name: training + use * prompt * per_day * days / 1e6
                  for name, (training, use, life) in offers.items() if life >= days}
         best = min(costs, key=lambda name: costs[name], default="none")

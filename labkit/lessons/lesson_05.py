@@ -58,7 +58,7 @@ def paired(answer: Any) -> None:
 ))
 def lookup(answer: Any) -> None:
     """A function of (author, label) lists: the accuracy of knowing nothing but the author."""
-    for _ in range(6):
+    for _ in range(15):  # so many that another share is not the same in all of them by luck
         train = [(name, random.choice(LABELS)) for name in "ABCDF"] * 2
         train += [("E", "hockey"), ("E", "baseball"), ("E", "hockey")]  # 13 in all, so that no label ties
         test = [(name, random.choice(LABELS)) for name in random.choices("ABCDEF", k=5)]
