@@ -11,7 +11,7 @@ beginning and the rest each give unnormalised sums, which are added and then div
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +46,13 @@ class _Over:
     hidden: torch.Tensor | None
     shared: Sequence[Shared]
     fresh: list[KeysValues]
+    later: dict[int, torch.Tensor] = field(default_factory=dict)  # masks by number of queries: alike in all layers
+
+    def mask(self, count: int, heads: int, dtype: torch.dtype) -> torch.Tensor:
+        """What hides later keys from `count` queries of each of several `heads`, `[heads * count, count]`."""
+        if count not in self.later:
+            self.later[count] = torch.full((count, count), -torch.inf, dtype=dtype).triu(1).repeat(heads, 1)
+        return self.later[count]
 
 
 _past: ContextVar[_Over | None] = ContextVar("past", default=None)
@@ -98,7 +105,9 @@ def attend(
     keys, values = past.states[module.layer_idx]
     own = [(keys, values), (key, value)]
     fresh = query.shape[2]
-    if fresh > FEW:
+    if not keys.shape[2]:
+        own = own[1:]
+    elif fresh > FEW:
         own = [(torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2))]
     shared = [(part.states[module.layer_idx], part.rows) for part in past.shared]
     query = query * (query.shape[3] ** -0.5 if scaling is None else scaling)
@@ -107,7 +116,8 @@ def attend(
         keys, values = own[-1]
         seen = keys.shape[2] - fresh + end
         upto = [*own[:-1], (keys[:, :, :seen], values[:, :, :seen])]
-        mixed.append(_attend(query[:, :, begin:end], upto, past.hidden, shared))
+        later = past.mask(end - begin, query.shape[1] // key.shape[1], query.dtype)
+        mixed.append(_attend(query[:, :, begin:end], upto, past.hidden, later, shared))
     return torch.cat(mixed, dim=2).transpose(1, 2), None
 
 
@@ -118,10 +128,13 @@ def _pieces(fresh: int) -> list[tuple[int, int]]:
 
 
 def _attend(
-    query: torch.Tensor, own: list[KeysValues], hidden: torch.Tensor | None,
+    query: torch.Tensor, own: list[KeysValues], hidden: torch.Tensor | None, later: torch.Tensor,
     shared: list[tuple[torch.Tensor, list[int]]],
 ) -> torch.Tensor:
-    """Attention of scaled queries `[rows, query heads, n, width]`, the last of which stands where `own` ends."""
+    """Attention of scaled queries `[rows, query heads, n, width]`, the last of which stands where `own` ends.
+
+    What is added to scores takes away keys on the left that are padding, `hidden`, and those of `later` queries.
+    """
     rows, heads, count, width = query.shape
     groups = own[0][0].shape[1]
     folded = query.reshape(rows, groups, -1, width)  # query heads that share a key head, one after another
@@ -129,7 +142,6 @@ def _attend(
     scores = [folded @ keys.transpose(2, 3) for keys, _ in own]
     if hidden is not None:
         scores[0][..., : hidden.shape[-1]].masked_fill_(hidden, -torch.inf)
-    later = torch.full((count, count), -torch.inf, dtype=query.dtype).triu(1).repeat(heads // groups, 1)
     scores[-1][..., -count:].add_(later)
     values = [values for _, values in own]
     if shared:
