@@ -234,10 +234,19 @@ class Store:
         return True
 
     def stored_bytes(self) -> int:
-        """The size of all files, models, checkpoints, and of the parts of uploads, together."""
-        return self.db.execute(
+        """The size of all files, models, checkpoints, and of the parts of uploads, together.
+
+        A deleted file counts as long as an unfinished job or batch still has its copy of it.
+        """
+        stored = self.db.execute(
             "SELECT ifnull(sum(json_extract(CASE kind WHEN 'file' THEN body ELSE inner END, '$.bytes')), 0) "
             f"FROM objects WHERE kind IN ('file', 'part', 'model') AND {OWN}", (self.owner,)).fetchone()[0]
+        copies = [(row.body[f"{name}_file"], self.jobs / row.id / f"{name}.jsonl")
+                  for row in self.rows("job", matching={"status": objects.PENDING})
+                  for name in ("training", "validation") if row.body[f"{name}_file"]]
+        copies += [(row.body["input_file_id"], self.batches / row.id / "input.jsonl")
+                   for row in self.rows("batch", matching={"status": objects.UNFINISHED})]
+        return stored + sum({id: _size(path) for id, path in copies if not self.get("file", id)}.values())
 
     def expired(self, time: int) -> list[str]:
         """The ids of everybody's files that expire at or before `time`, in seconds since 1970."""
@@ -271,6 +280,14 @@ class Store:
         _remove(path for path in self.parts.iterdir() if path.name not in uploads)
         _remove(path for path in self.batches.iterdir() if path.name not in batches)
         _remove(self.incoming.iterdir())
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 for what has just been removed."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -219,6 +219,23 @@ def test_a_key_holds_its_owner_to_its_limits(room: Served) -> None:
     assert upload(dave, posts(30))
 
 
+def test_what_jobs_keep_of_a_deleted_file_counts_among_the_stored_bytes(room: Served) -> None:
+    ines = room.person("ines", "--bytes", "6000")
+    file = upload(ines, posts(12))
+    size = ines.files.retrieve(file).bytes
+    jobs = [ines.fine_tuning.jobs.create(model=BASE, training_file=file, seed=seed).id for seed in range(2)]
+    for job in jobs:
+        ines.fine_tuning.jobs.pause(job)
+    used = f"{size:,} of 6,000"
+    assert used in room.keys("list")
+    ines.files.delete(file)
+    assert used in room.keys("list")  # once, though two jobs keep it
+    ines.fine_tuning.jobs.cancel(jobs[0])
+    assert used in room.keys("list")
+    ines.fine_tuning.jobs.cancel(jobs[1])
+    assert "0 of 6,000" in room.keys("list")
+
+
 def test_models_count_among_the_stored_bytes(room: Served) -> None:
     greta = room.person("greta", "--bytes", "30000")
     file = upload(greta, posts(12))
