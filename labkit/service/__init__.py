@@ -21,6 +21,7 @@
     inference.py   /v1/completions and /v1/chat/completions
     answers.py     the engine's sequences as the SDK's answers and chunks
     scheduler.py   the one thread that owns the model and batches requests
+    intake.py      what a client sent, into what the engine takes: tokens, adapters
     queue.py       turns between owners: in which order jobs and answers are taken, and the places of jobs
     supervisor.py  the thread that starts, watches and restarts workers
     worker.py      a process that does jobs one after the other: validate, or train

@@ -86,7 +86,7 @@ def create_app(
         await runner.close()
         await asyncio.gather(asyncio.to_thread(supervisor.close), asyncio.to_thread(scheduler.close))
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     runner = BatchRunner(store, app)
     app.state.supervisor, app.state.activity = supervisor, activity
     router = APIRouter(prefix="/v1")

@@ -2,17 +2,14 @@
 
 Between two tokens it takes in new requests, as many as the generator has room for; so a long
 generation holds up nobody for longer than one token. Owners take turns, and an owner's calls do;
-and an owner whose every request waits finds some room that those at work may not fill. Adapters
-are read from the models' folders when they are first asked for.
+and an owner whose every request waits finds some room that those at work may not fill.
 """
 
 import queue as queues
 import threading
 import time
 import traceback
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
-from functools import lru_cache
+from collections import Counter, deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,20 +18,17 @@ from labkit.service import queue
 from labkit.service.calls import Call, Reader
 from labkit.service.errors import ApiError, bad_request, from_exception, internal_error
 from labkit.service.gate import log
-from labkit.service.models import Weights
 from labkit.service.turns import AnsweringSign
 
 if TYPE_CHECKING:
-    from labkit.engine.adapter import Adapter
-    from labkit.engine.encode import Prompt
     from labkit.engine.generate import Request
 
-ADAPTERS = 8  # kept in memory
 NEWCOMERS_SHARE = 1.25  # of the generator's room, for requests of owners for whom nothing runs
 BACKGROUND_SHARE = 0.5  # of the generator's room: the rest is kept free for clients who wait
 BACKGROUND_AT_A_TIME = 8  # prompts read between two tokens, which a client who comes just then waits for
 BACKGROUND_PATIENCE = 2.0  # seconds that a batch's requests stand back, so that endless requests do not stop a batch
 MAX_WAITING = 20_000  # answers of one owner; more are turned away with 429
+OPEN_CHARACTERS = 100_000  # of prompts turned into tokens between two tokens: some 20 ms
 EMBED_TOKENS = 2048  # embedded in one pass, padding included: as long as a token of many answers takes
 
 
@@ -46,9 +40,9 @@ class Scheduler(threading.Thread):
         self.base, self.base_name, self.cache = base, base_name, cache
         self._sign = AnsweringSign(cache.parent)
         self._inbox: queues.SimpleQueue[Call | None] = queues.SimpleQueue()
+        self._coming: deque[Call] = deque()  # received and not accepted: not all prompts are encoded
         self._calls: deque[Call] = deque()  # accepted and not finished
         self._readers: dict[int, tuple[Call, Reader]] = {}  # of running sequences, by their id()
-        self._adapters: OrderedDict[Path, Adapter] = OrderedDict()
         self._loaded = self._closing = False
         self._answers: Counter[str] = Counter()  # submitted and not finished, by owner
         self._turns: dict[str, float] = {}  # when an owner was last given one
@@ -92,11 +86,11 @@ class Scheduler(threading.Thread):
         """Serve calls until `close`."""
         while not self._closing:
             self._receive()
+            self._open_some()
             if not self._calls:
                 continue
             try:
-                if self._calls:
-                    self._sign.show()
+                self._sign.show()
                 self._drop_cancelled()
                 self._score_one()
                 self._embed_some()
@@ -110,7 +104,7 @@ class Scheduler(threading.Thread):
 
     def _receive(self) -> None:
         """Take in new calls; wait for one if there is nothing else to do."""
-        block = not self._calls
+        block = not self._calls and not self._coming
         while True:
             try:
                 call = self._inbox.get(block=block)
@@ -121,12 +115,11 @@ class Scheduler(threading.Thread):
                 return
             try:
                 self._load()
-                if call is not None and call.cancelled:
-                    self._end(call)
-                elif call is not None:
-                    self._open(call)
             except Exception as error:
                 self._refuse(call, error)
+            else:
+                if call is not None:
+                    self._coming.append(call)
 
     def _refuse(self, call: Call | None, error: Exception) -> None:
         known = from_exception(error)
@@ -148,18 +141,17 @@ class Scheduler(threading.Thread):
         if self._loaded:
             return
         begin = time.monotonic()
-        from labkit.engine import adapter, embed, encode, generate, model
+        from labkit.engine import embed, generate, model
         from labkit.engine.cache import PromptCache
+        from labkit.service.intake import Intake
 
-        self._adapter_module, self._encode, self._generate, self._embed = adapter, encode, generate, embed.embed
+        self._generate, self._embed = generate, embed.embed
         self._model = model.load(self.base)
         self._cache = PromptCache(self._model, self.cache)
-        self._token_bytes = lru_cache(65_536)(self._model.token_bytes)
-        self._special = self._model.special
-        self._fingerprint = f"fp_{self.base_name}_{self._model.digest}"
+        self._intake = Intake(self._model, self.base_name, lambda: [*self._calls, *self._coming])
         self._reset()
         self._loaded = True
-        log("model_loaded", fingerprint=self._fingerprint, seconds=round(time.monotonic() - begin, 1))
+        log("model_loaded", fingerprint=self._intake.fingerprint, seconds=round(time.monotonic() - begin, 1))
 
     def _reset(self) -> None:
         self._generator = self._generate.Generator(self._model, self._cache)
@@ -167,75 +159,32 @@ class Scheduler(threading.Thread):
 
     # --- a call's beginning --------------------------------------------------------------------
 
-    def _open(self, call: Call) -> None:
-        """Encode a call's prompts and queue its requests. Raises what is wrong with them."""
-        adapter = self._adapter(call.weights)
-        call.fingerprint, call.token_bytes = self._fingerprint, self._token_bytes
-        self._check_ids(call.sampling.logit_bias, "logit_bias")
-        for prompt in call.prompts:
-            encoded = self._prompt(call, prompt, adapter)
-            call.encoded.append(encoded)
-            if call.echoed:
-                call.texts.append(prompt if isinstance(prompt, str) else self._model.tokenizer.decode(encoded.ids))
-        for number, encoded in enumerate(call.encoded):
-            for copy in range(call.copies):
-                if call.sampling.max_tokens != 0:
-                    call.waiting.append((number * call.copies + copy, self._request(call, encoded, adapter, copy)))
+    def _open_some(self) -> None:
+        """Encode prompts of the calls that are coming, by turns, so that long ones hold up nobody for long."""
+        room = OPEN_CHARACTERS
+        while self._coming and room > 0:
+            call = self._coming.popleft()
+            if call.cancelled:
+                self._end(call)
+                continue
+            try:
+                room -= self._intake.encode_some(call, OPEN_CHARACTERS // 10)
+                if len(call.encoded) < len(call.prompts):
+                    self._coming.append(call)
+                else:
+                    self._accept(call)
+            except Exception as error:
+                self._refuse(call, error)
+
+    def _accept(self, call: Call) -> None:
+        """Queue a call's requests."""
+        call.waiting.extend(enumerate(self._intake.requests(call)))
         call.unfinished = len(call.waiting)
         call.post([])
         if call.unfinished or call.scored or call.embedded:
             self._calls.append(call)
         else:
             self._end(call)
-
-    def _adapter(self, weights: Weights) -> "Adapter | None":
-        if weights.folder is None:
-            return None
-        if weights.folder not in self._adapters:
-            if not weights.folder.exists():
-                raise ApiError(404, f"The model '{weights.name}' has just been deleted.", "model_not_found", "model")
-            self._make_room()
-            # The folder's name is unlike any module's and has no dots, which the network's names cannot hold.
-            name = f"adapter_{weights.folder.name}"
-            self._adapters[weights.folder] = self._adapter_module.load(self._model, name, weights.folder)
-        self._adapters.move_to_end(weights.folder)
-        return self._adapters[weights.folder]
-
-    def _make_room(self) -> None:
-        """Forget the adapters not used for longest, unless a call at work needs them."""
-        in_use = {call.weights.folder for call in self._calls}
-        idle = [folder for folder in self._adapters if folder not in in_use]
-        for folder in idle[: max(0, len(self._adapters) + 1 - ADAPTERS)]:
-            self._adapter_module.remove(self._model, self._adapters.pop(folder))
-
-    def _prompt(self, call: Call, prompt: object, adapter: "Adapter | None") -> "Prompt":
-        start, model = adapter.start if adapter else None, self._model
-        if isinstance(prompt, str):
-            encoded = self._encode.encode_text(model, prompt, start)
-        elif isinstance(prompt, list):
-            self._check_ids(prompt, call.param)
-            encoded = self._encode.encode_ids(prompt, start)
-        else:
-            assert isinstance(prompt, tuple)
-            encoded = self._encode.encode_chat(model, prompt, start)
-        if len(encoded.ids) >= model.context:
-            raise bad_request(f"This model's maximum context length is {model.context} tokens, but the prompt alone "
-                              f"has {len(encoded.ids)}. Shorten it.", call.param, "context_length_exceeded")
-        return encoded
-
-    def _check_ids(self, ids: Iterable[int], param: str) -> None:
-        vocabulary = self._model.network.get_output_embeddings().weight.shape[0]
-        if not all(0 <= id < vocabulary for id in ids):
-            raise bad_request(f"Invalid '{param}': token ids of this model are 0 to {vocabulary - 1}.", param)
-
-    def _request(self, call: Call, prompt: "Prompt", adapter: "Adapter | None", copy: int) -> "Request":
-        asked = call.sampling
-        room = self._model.context - len(prompt.ids)
-        return self._generate.Request(
-            prompt=prompt, adapter=adapter, max_tokens=room if asked.max_tokens is None else asked.max_tokens,
-            temperature=asked.temperature, top_p=asked.top_p, stop=asked.stop, top_logprobs=asked.top_logprobs,
-            logit_bias=asked.logit_bias, presence_penalty=asked.presence_penalty,
-            frequency_penalty=asked.frequency_penalty, seed=None if asked.seed is None else (asked.seed + copy) % 2**63)
 
     # --- between two tokens --------------------------------------------------------------------
 
@@ -268,7 +217,7 @@ class Scheduler(threading.Thread):
         for call in self._in_turn():
             if call.unscored:
                 prompt = call.encoded[len(call.scores)]
-                adapter = self._adapter(call.weights)
+                adapter = self._intake.adapter(call.weights)
                 call.scores.append(self._generate.score(self._model, prompt, adapter, call.sampling.top_logprobs))
                 self._begun(call)
                 if not call.unscored and not call.unfinished:
@@ -323,7 +272,7 @@ class Scheduler(threading.Thread):
         self._calls.rotate(-1)
         sequences = self._generator.add([request for _, _, request in chosen])
         for (call, index, _), sequence in zip(chosen, sequences, strict=True):
-            self._readers[id(sequence)] = (call, Reader(sequence, index, self._special))
+            self._readers[id(sequence)] = (call, Reader(sequence, index, self._model.special))
             if index % call.copies == 0:
                 call.cached_tokens += sequence.cached_tokens
 
@@ -349,4 +298,5 @@ class Scheduler(threading.Thread):
             self._calls.remove(call)
         self._count(call, -call.size)
         call.post(error)
+
 

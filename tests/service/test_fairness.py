@@ -1,5 +1,6 @@
 """Many requests of one key do not hold up the single request of another."""
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +47,25 @@ def test_a_crowd_of_one_key_lets_another_key_through(room: Served, kind: str) ->
         for asked in crowd:
             asked.result()
     assert before < CROWD / 2
+
+
+def test_many_texts_to_turn_into_tokens_hold_up_nobody(room: Served) -> None:
+    many, one = room.person("texts"), room.person("text")
+    one.completions.create(model=BASE, prompt="x", max_tokens=1)  # the model is loaded
+    texts = ["one two three " * 20] * 2000 + ["x " * 999]  # refused for the last one
+    waited = []
+    with ThreadPoolExecutor(8) as pool:
+        begin = time.monotonic()
+        crowd = [pool.submit(many.completions.create, model=BASE, prompt=texts) for _ in range(8)]
+        while not all(asked.done() for asked in crowd):
+            sent = time.monotonic()
+            one.completions.create(model=BASE, prompt="x", max_tokens=1)
+            waited.append(time.monotonic() - sent)
+        whole = time.monotonic() - begin
+        for asked in crowd:
+            with pytest.raises(openai.BadRequestError, match="context"):
+                asked.result()
+    assert max(waited) < whole / 3, f"{max(waited):.2f} s of {whole:.2f} s"
 
 
 def test_a_full_generator_has_room_for_another_key(room: Served) -> None:

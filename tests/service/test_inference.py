@@ -204,6 +204,12 @@ def test_what_is_not_offered_is_refused_by_name(
     assert error.value.param == param and (code is None or error.value.code == code)
 
 
+def test_a_text_longer_than_any_tokens_that_fit_is_refused_unread(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="9,000,000 characters") as error:
+        client.completions.create(model=BASE, prompt=["short", "x" * 9_000_000])
+    assert error.value.code == "context_length_exceeded"
+
+
 def test_a_stream_is_refused_before_it_begins(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         chat(client, stream=True, messages=[{"role": "user", "content": "x " * 999}])
