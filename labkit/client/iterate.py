@@ -32,7 +32,7 @@ TAG = "labkit_run"  # the key in a job's metadata
 IN_FLIGHT = 2  # the next job waits in the queue while one trains, and a finished one is measured meanwhile
 POLL_SECONDS = 0.5
 # A first guess for two cores; later plans are corrected by what the recorded runs really took.
-START_SECONDS, READ_TOKENS, EXAMPLE_SECONDS = 6.0, 2000.0, 0.02
+START_SECONDS, READ_TOKENS, EXAMPLE_SECONDS = 6.0, 2000.0, 0.008
 Tables: TypeAlias = "pd.DataFrame | Mapping[str, pd.DataFrame]"
 
 

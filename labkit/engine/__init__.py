@@ -5,6 +5,7 @@
     adapter.py    LoRA and activated LoRA through PEFT: make, switch, save, load
     encode.py     examples and prompts -> token ids, and where the adapter starts
     cache.py      keys and values of prompts, computed once, kept on disk
+    entries.py    what enters an adapter's first layer, worked out once for each example
     train.py      the training loop, as a generator of metrics
     generate.py   batched inference with log-probabilities
 """

@@ -1,8 +1,9 @@
 """LoRA adapters through PEFT: make, switch, save, load.
 
-An adapter adds `B @ A * alpha / r` to every linear layer of the frozen base model (LoRA,
-arXiv 2106.09685). An *activated* LoRA (arXiv 2504.12397) does so only from the end of the
-prompt on, so that the prompt's keys and values stay those of the base model and can be cached.
+An adapter adds `B @ A * alpha / r` to the linear maps in the last third of the frozen base model's
+layers (LoRA, arXiv 2106.09685); in all layers it learned no better, see README.md. An *activated*
+LoRA (arXiv 2504.12397) does so only from the end of the prompt on, so that the prompt's keys and
+values stay those of the base model and can be cached.
 
 Adapters are saved in PEFT's own format, and PEFT loads them without labkit: an activated one
 carries the tokens at which it starts as `alora_invocation_tokens`.
@@ -10,6 +11,7 @@ carries the tokens at which it starts as `alora_invocation_tokens`.
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +33,7 @@ from labkit.errors import LabkitError
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before the name of every weight in a file
 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute.*")  # several adapters are the point
+SHARE = 1 / 3  # of the layers get an adapter, the last ones
 WEIGHTS, CONFIG, NOTE = "adapter_model.safetensors", "adapter_config.json", "labkit.json"
 
 
@@ -56,27 +59,38 @@ class Start:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A loaded adapter: its `name` inside the network, where it starts, a digest of its weights."""
+    """A loaded adapter: its `name` inside the network, where it starts, a digest of its weights.
+
+    `first` is the number of the first layer that it changes.
+    """
 
     name: str
     start: Start
     digest: str
+    first: int
 
 
 def create(model: BaseModel, name: str, start: Start, rank: int = 16, seed: int = 0) -> Adapter:
     """Add a fresh adapter to the network: A random, B zero, so that it changes nothing yet."""
-    transposed = any(isinstance(layer, Conv1D) for layer in model.network.modules())  # GPT-2's linear layers
-    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank,
-                        target_modules="all-linear", fan_in_fan_out=transposed)
+    first = len(model.layers) - math.ceil(len(model.layers) * SHARE)
+    changed = {part for layer in model.layers[first:] for part in layer.modules()}
+    linear = {name.removesuffix(".base_layer"): part for name, part in model.network.named_modules()
+              if part in changed and isinstance(part, torch.nn.Linear | Conv1D) and ".lora_" not in name}
+    transposed = any(isinstance(part, Conv1D) for part in linear.values())  # GPT-2's linear layers
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=list(linear),
+                        fan_in_fan_out=transposed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _add(model, config, Adapter(name, start, ""))
+        return _add(model, config, name, start, "")
 
 
-def _add(model: BaseModel, config: LoraConfig, adapter: Adapter) -> Adapter:
+def _add(model: BaseModel, config: LoraConfig, name: str, start: Start, digest: str) -> Adapter:
     """Put an adapter into the network; it is then the active one."""
-    model.network.add_adapter(config, adapter.name)
-    _switch(model, adapter.name)  # adding enables no adapters if they were disabled
+    model.network.add_adapter(config, name)
+    _switch(model, name)  # adding enables no adapters if they were disabled
+    first = next(number for number, layer in enumerate(model.layers)
+                 if any(f".{name}." in path for path, _ in layer.named_parameters()))
+    adapter = Adapter(name, start, digest, first)
     for weight in parameters(model, adapter):
         weight.data = weight.data.float()  # bfloat16 would round away most updates of a training
     return adapter
@@ -116,7 +130,7 @@ def save(model: BaseModel, adapter: Adapter, folder: Path) -> None:
     config = replace(model.network.peft_config[adapter.name], inference_mode=True)
     config.alora_invocation_tokens = list(adapter.start.tokens) or None if adapter.start.activated else None
     config.base_model_name_or_path = model.network.config.name_or_path
-    # PEFT names the layers that "all-linear" resolved to as a set, whose order is not fixed.
+    # PEFT keeps the layers' names as a set, whose order is not fixed.
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     paths.write_text(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True, default=str))
     note = {"start": asdict(adapter.start), "base": model.digest}
@@ -132,7 +146,7 @@ def load(model: BaseModel, name: str, folder: Path) -> Adapter:
     # The network is only ever given the tokens on which the adapter acts, so to PEFT it is plain LoRA here.
     config.alora_invocation_tokens = None
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:16]
-    adapter = _add(model, config, Adapter(name, start, digest))
+    adapter = _add(model, config, name, start, digest)
     set_adapter_state(model.network, weights, adapter_name=name)
     return adapter
 
@@ -140,12 +154,14 @@ def load(model: BaseModel, name: str, folder: Path) -> Adapter:
 def initialise(model: BaseModel, adapter: Adapter, folder: Path) -> None:
     """Let a fresh adapter begin from the weights saved in `folder`, to train a fine-tuned model on.
 
-    Raises `LabkitError` as `load` does, and where the sizes differ.
+    Raises `LabkitError` as `load` does, and where sizes or layers differ.
     """
-    try:
-        set_adapter_state(model.network, _read(model, folder)[2], adapter_name=adapter.name)
-    except RuntimeError as error:
-        raise LabkitError(f"The adapter in {folder} has another rank than the one to train; leave it out.") from error
+    weights = _read(model, folder)[2]
+    fresh = adapter_state(model.network, adapter_name=adapter.name)
+    if {key: value.shape for key, value in weights.items()} != {key: value.shape for key, value in fresh.items()}:
+        raise LabkitError(f"The adapter in {folder} has another rank or other layers than the one to train; leave "
+                          "labkit.rank out, and train a model of an earlier version of labkit anew.")
+    set_adapter_state(model.network, weights, adapter_name=adapter.name)
 
 
 def _read(model: BaseModel, folder: Path) -> tuple[Start, LoraConfig, dict[str, torch.Tensor]]:

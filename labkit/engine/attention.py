@@ -43,6 +43,7 @@ class _Over:
     """What `over` sets for the block within it."""
 
     states: torch.Tensor
+    first: int
     hidden: torch.Tensor | None
     shared: Sequence[Shared]
     fresh: list[KeysValues]
@@ -65,18 +66,21 @@ def supported(network: type[PreTrainedModel], config: PretrainedConfig) -> bool:
 
 
 @contextmanager
-def over(states: torch.Tensor, lengths: list[int], shared: Sequence[Shared] = ()) -> Iterator[list[KeysValues]]:
+def over(
+    states: torch.Tensor, lengths: list[int], shared: Sequence[Shared] = (), first: int = 0
+) -> Iterator[list[KeysValues]]:
     """Within the block, a forward pass without a cache attends over this past as well.
 
-    `states` is `[layers, 2, rows, heads, tokens, width]`, right-aligned; row i has `lengths[i]`
-    tokens. Before them come what rows have in common, `shared`: a row is in one of these at most.
+    `states` is `[layers, 2, rows, heads, tokens, width]`, right-aligned, of the layers from number
+    `first` on, the only ones that may run then; row i has `lengths[i]` tokens. Before them come what
+    rows have in common, `shared`: a row is in one of these at most.
     The list it yields receives the fresh tokens' keys and values, layer by layer.
     """
     hidden, longest = None, states.shape[4]
     if min(lengths) < longest:
         hidden = (torch.arange(longest) < longest - torch.tensor(lengths)[:, None])[:, None, None, :]
     fresh: list[KeysValues] = []
-    token = _past.set(_Over(states, hidden, shared, fresh))
+    token = _past.set(_Over(states, first, hidden, shared, fresh))
     try:
         yield fresh
     finally:
@@ -102,7 +106,7 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     past.fresh.append((key.detach(), value.detach()))
     assert isinstance(module.layer_idx, int)
-    keys, values = past.states[module.layer_idx]
+    keys, values = past.states[module.layer_idx - past.first]
     own = [(keys, values), (key, value)]
     fresh = query.shape[2]
     if not keys.shape[2]:

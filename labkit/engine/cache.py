@@ -52,16 +52,18 @@ class Block:
 class Past:
     """Keys and values of several prompts, aligned at their right end.
 
-    `states` is `[layers, 2, rows, heads, tokens, width]`; `lengths` counts each row's tokens. What
-    some rows begin with may stand apart in `shared`, then it is in neither of the two. `ahead` is
-    what `fetch` found out of the token after each prompt: its keys and values
-    `[layers, 2, rows, heads, 1, width]`, and the logits `[rows, vocabulary]` it leads to.
+    `states` is `[layers, 2, rows, heads, tokens, width]`, of the layers from number `first` on;
+    `lengths` counts each row's tokens. What some rows begin with may stand apart in `shared`, then
+    it is in neither of the two. `ahead` is what `fetch` found out of the token after each prompt:
+    its keys and values `[layers, 2, rows, heads, 1, width]`, and the logits `[rows, vocabulary]` it
+    leads to.
     """
 
     states: torch.Tensor
     lengths: list[int]
     shared: tuple[Shared, ...] = ()
     ahead: tuple[torch.Tensor, torch.Tensor] | None = None
+    first: int = 0
 
     @property
     def positions(self) -> list[int]:
@@ -116,14 +118,15 @@ class PromptCache:
 
     def fetch(
         self, prompts: Sequence[Sequence[int]], adapter: Adapter | None = None, share: bool = False,
-        following: Sequence[int] = (),
+        following: Sequence[int] = (), first: int = 0,
     ) -> tuple[Past, list[int]]:
         """The keys and values of `prompts`, and how many tokens of each were found in the cache.
 
         They are the base model's, or those of the base with an `adapter` that acts on prompts too.
         With `share`, what several prompts begin with is held and attended over once for all of them;
         the results then depend on what is asked for together, within rounding. The one token
-        `following` each prompt is then read in the same pass, where no prompt was found whole.
+        `following` each prompt is then read in the same pass, where no prompt was found whole. Only
+        the layers from number `first` on are returned.
         """
         share = share and self.model.constant_past
         rows = [self._blocks(ids, adapter.digest if adapter else "") for ids in prompts]
@@ -142,7 +145,7 @@ class PromptCache:
         with adapters.active(self.model, adapter) if sum(found) < sum(map(len, prompts)) else nullcontext():
             ahead = self._compute(rows, held, share, _endings(rows, following))
         self.reused += sum(found)
-        past = self._assemble(rows, held, share)
+        past = self._assemble(rows, held, share, first)
         if following and all(blocks and blocks[-1].name in ahead for blocks in rows):
             found_ahead = [ahead[blocks[-1].name] for blocks in rows]
             past = replace(past, ahead=(torch.stack([states for states, _ in found_ahead], dim=2),
@@ -203,7 +206,7 @@ class PromptCache:
         return {rows[row][-1].name: (computed[:, :, row, :, column : column + 1], output.logits[0, place].float())
                 for place, (row, column) in enumerate(zip(ended, columns, strict=True))}
 
-    def _assemble(self, rows: list[list[Block]], held: dict[str, torch.Tensor], share: bool) -> Past:
+    def _assemble(self, rows: list[list[Block]], held: dict[str, torch.Tensor], share: bool, first: int = 0) -> Past:
         shared, skip = [], [0] * len(rows)  # how many blocks of each row stand in `shared`
         for common, members in _beginnings(rows) if share else ():
             shared.append(Shared(self._beginning(common, held), members))
@@ -212,13 +215,13 @@ class PromptCache:
         rows = [blocks[count:] for blocks, count in zip(rows, skip, strict=True)]
         lengths = [sum(len(block.ids) for block in blocks) for blocks in rows]
         longest, shape = max(lengths, default=0), self.model.shape
-        states = torch.zeros(shape.layers, 2, len(rows), shape.heads, longest, shape.width, dtype=shape.dtype)
+        states = torch.zeros(shape.layers - first, 2, len(rows), shape.heads, longest, shape.width, dtype=shape.dtype)
         for row, blocks in enumerate(rows):
             begin = longest - lengths[row]
             for block in blocks:
-                states[:, :, row, :, begin : begin + len(block.ids)] = held[block.name]
+                states[:, :, row, :, begin : begin + len(block.ids)] = held[block.name][first:]
                 begin += len(block.ids)
-        return Past(states, lengths, tuple(shared))
+        return Past(states, lengths, tuple(shared), first=first)
 
     def _beginning(self, blocks: list[Block], held: dict[str, torch.Tensor]) -> torch.Tensor:
         """Some blocks in one piece, kept for the next requests that begin with them."""

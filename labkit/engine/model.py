@@ -1,10 +1,11 @@
 """The base model: weights and tokenizer."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
@@ -55,7 +56,9 @@ class BaseModel:
         self.eos = _end_of_text(network, tokenizer)
         self.special = frozenset(tokenizer.all_special_ids)
         self.active_adapter: str | None = None  # what `adapter.active` has switched to
-        self.shape = _cache_shape(network)
+        self.layers = _layers(network)
+        self.shape, plain = _probe(network, self.layers)
+        self.enterable = self.constant_past and plain  # whether `stopping_before` and `entering` work
         if not tokenizer.chat_template:
             tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
         self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
@@ -89,6 +92,42 @@ class BaseModel:
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def stopping_before(self, first: int) -> Iterator[list[torch.Tensor]]:
+        """Within the block, a forward pass does only what comes before layer number `first`.
+
+        The list it yields receives what enters that layer, `[rows, n, hidden width]`, for each pass.
+        """
+        reached: list[torch.Tensor] = []
+
+        def keep(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            reached.append(hidden)
+            return hidden
+
+        with _instead(self.layers[first : first + 1], keep), _instead(self.layers[first + 1 :], lambda x, *_, **__: x):
+            yield reached
+
+    @contextmanager
+    def entering(self, first: int, hidden: torch.Tensor) -> Iterator[None]:
+        """Within the block, a forward pass begins with layer number `first`, which `hidden` enters.
+
+        `hidden` is what `stopping_before` found for the same tokens over the same past.
+        """
+        with _instead(self.layers[:first], lambda *_, **__: hidden):
+            yield
+
+
+@contextmanager
+def _instead(layers: Sequence[torch.nn.Module], forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Within the block, these layers do this."""
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # and the class's own shows again
 
 
 def load(folder: Path | str, dtype: torch.dtype | None = None) -> BaseModel:
@@ -134,11 +173,25 @@ def _end_of_text(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     raise LabkitError("The model names no end-of-text token; set eos_token in its tokenizer_config.json.")
 
 
-def _cache_shape(network: PreTrainedModel) -> Shape:
-    """Learn the size of keys and values by running one token through the model."""
-    cache = DynamicCache()
+def _layers(network: PreTrainedModel) -> list[torch.nn.Module]:
+    """The network's layers, from the first to the last."""
+    count = network.config.num_hidden_layers
+    stacks = (part for part in network.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == count)
+    return list(next(stacks))
+
+
+def _probe(network: PreTrainedModel, stack: list[torch.nn.Module]) -> tuple[Shape, bool]:
+    """Learn by running one token the size of keys and values, and whether layers take and give hidden states alone."""
+    cache, plain = DynamicCache(), []
+
+    def look(_: torch.nn.Module, given: tuple[Any, ...], returned: Any) -> None:
+        plain.append(bool(given) and isinstance(returned, torch.Tensor))
+
+    handles = [layer.register_forward_hook(look) for layer in stack]
     with torch.inference_mode():
         network(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    for handle in handles:
+        handle.remove()
     layers = [getattr(layer, "keys", None) for layer in cache.layers]
     sizes = {tuple(keys.shape) for keys in layers if keys is not None}
     if len(sizes) != 1 or any(keys is None for keys in layers):
@@ -147,4 +200,4 @@ def _cache_shape(network: PreTrainedModel) -> Shape:
             "transformer whose layers all attend alike, such as Llama, GPT-2, GPT-Neo, Qwen2 or Mistral."
         )
     _, heads, _, width = sizes.pop()
-    return Shape(len(layers), heads, width, network.dtype)
+    return Shape(len(layers), heads, width, network.dtype), all(plain)

@@ -3,12 +3,14 @@
 An example is a prompt and a completion; the loss is the mean cross-entropy of the completion's
 tokens. With an activated LoRA the prompt up to its separator comes from the prompt cache and
 only the last few tokens of each example pass through the network: the first epoch costs one
-forward pass over the prompts, and every later one next to nothing.
+forward pass over the prompts, and every later one next to nothing. For an adapter in the last
+layers, what enters the first of them is worked out once as well.
 """
 
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +25,10 @@ from labkit.engine import attention
 from labkit.engine.adapter import Adapter
 from labkit.engine.cache import Past, PromptCache
 from labkit.engine.encode import Encoded
+from labkit.engine.entries import Entries
 from labkit.engine.model import BaseModel
 
-LEARNING_RATE = 1e-3  # at learning_rate_multiplier 1; chosen on validation posts, see README.md
+LEARNING_RATE = 2e-3  # at learning_rate_multiplier 1; chosen on validation posts, see README.md
 WARMUP = 0.1  # of all steps, from zero up to the full rate; then down to zero along a cosine
 CLIP = 1.0  # the gradient's largest norm
 AT_ONCE = 16  # prompts read between two looks at whether to stop
@@ -98,12 +101,12 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(self.training) / settings.batch_size)
         self.total = self.steps_per_epoch * settings.n_epochs
         self.trained_tokens = settings.n_epochs * sum(example.tokens for example in self.training)
+        self.entries = Entries(model, adapter.first)
 
     def run(self) -> Iterator[Prepared | Step | Epoch]:
         """Train to the end from wherever this trainer stands (the start, or a restored state)."""
         torch.manual_seed(self.settings.seed + self.step)
-        if self.adapter.start.activated:
-            yield from self._prepare()
+        yield from self._prepare()
         every = math.ceil(self.total / 10)
         while self.step < self.total:
             epoch, within = divmod(self.step, self.steps_per_epoch)
@@ -162,12 +165,18 @@ class Trainer:
     # --- one step --------------------------------------------------------------------------
 
     def _prepare(self) -> Iterator[Prepared]:
-        """Fill the cache, longest prompts first so that a pass's rows are about equally long."""
-        prompts = sorted((e.prompt.ids[: e.prompt.start] for e in [*self.training, *self.validation]),
-                         key=len, reverse=True)
-        for begin in range(0, len(prompts), AT_ONCE):
-            self.cache.fetch(prompts[begin : begin + AT_ONCE])
-            yield Prepared(min(begin + AT_ONCE, len(prompts)), len(prompts))
+        """Fill the cache and the entries, longest first so that a pass's rows are about equally long.
+
+        The passes are the same whenever a job goes on, so that the results are the same to the bit.
+        """
+        examples = sorted([*self.training, *self.validation], key=lambda e: (e.prompt.start, e.tokens), reverse=True)
+        for begin in range(0, len(examples), AT_ONCE):
+            batch = examples[begin : begin + AT_ONCE]
+            past = self._past(batch)
+            tails = self._tails(batch, past)
+            ids, _, positions = tail_inputs(self.model, past, tails)
+            self.entries.add(batch, past, [len(tail) for tail in tails], ids, positions)
+            yield Prepared(min(begin + AT_ONCE, len(examples)), len(examples))
 
     def _order(self, epoch: int) -> list[list[Encoded]]:
         """The epoch's batches: shuffled by seed and epoch, examples of like length together."""
@@ -195,27 +204,33 @@ class Trainer:
 
     def _forward(self, batch: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `[supervised tokens, vocabulary]` in float32, and the tokens they should predict."""
-        past = self._past(batch)
-        tails = [example.prompt.ids[length:] + example.completion[:-1]
-                 for example, length in zip(batch, past.lengths, strict=True)]
-        return forward_tails(self.model, self.adapter, past, tails, [example.completion for example in batch])
+        hidden = self.entries.of(batch)
+        past = self._past(batch, 0 if hidden is None else self.adapter.first)
+        return forward_tails(self.model, self.adapter, past, self._tails(batch, past),
+                             [example.completion for example in batch], hidden)
 
-    def _past(self, batch: Sequence[Encoded]) -> Past:
-        """The prompts' cached part: up to the adapter's start, or nothing for plain LoRA."""
+    def _tails(self, batch: Sequence[Encoded], past: Past) -> list[list[int]]:
+        """What is not past: the tokens that pass through the network."""
+        return [example.prompt.ids[length:] + example.completion[:-1]
+                for example, length in zip(batch, past.lengths, strict=True)]
+
+    def _past(self, batch: Sequence[Encoded], first: int = 0) -> Past:
+        """The prompts' cached part, up to the adapter's start (nothing for plain LoRA), from layer `first` on."""
         if not self.adapter.start.activated:
             shape = self.model.shape
-            nothing = torch.zeros(shape.layers, 2, len(batch), shape.heads, 0, shape.width, dtype=shape.dtype)
-            return Past(nothing, [0] * len(batch))
-        return self.cache.fetch([example.prompt.ids[: example.prompt.start] for example in batch])[0]
+            nothing = torch.zeros(shape.layers - first, 2, len(batch), shape.heads, 0, shape.width, dtype=shape.dtype)
+            return Past(nothing, [0] * len(batch), first=first)
+        return self.cache.fetch([example.prompt.ids[: example.prompt.start] for example in batch], first=first)[0]
 
 
 def forward_tails(
     model: BaseModel, adapter: Adapter | None, past: Past, tails: Sequence[Sequence[int]],
-    targets: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]], hidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run each row's `tails` on top of its past, keeping the logits that predict its `targets`.
 
-    The last target of a row is predicted at its tail's last token, the others before it.
+    The last target of a row is predicted at its tail's last token, the others before it. With
+    `hidden`, the tails begin with the past's first layer, which that enters.
     """
     ids, mask, positions = tail_inputs(model, past, tails)
     rows = torch.tensor([row for row, target in enumerate(targets) for _ in target])
@@ -223,7 +238,8 @@ def forward_tails(
                             for tail, target in zip(tails, targets, strict=True) for i in range(len(target))])
     with adapters.active(model, adapter), model.keeping(rows, columns):
         if model.constant_past:
-            with attention.over(past.states, past.lengths):
+            begin = nullcontext() if hidden is None else model.entering(past.first, hidden)
+            with begin, attention.over(past.states, past.lengths, first=past.first):
                 logits = model.network(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
         else:
             logits = model.network(input_ids=ids, attention_mask=mask, position_ids=positions,

@@ -35,7 +35,7 @@ CHECKPOINTS = 3  # kept of a job, the last ones, as at OpenAI
 STATES = 2
 SAVE_SECONDS = 30.0  # between training states within an epoch
 FLUSH_SECONDS = 0.25  # between writes to the database: each one waits for the disk
-EPOCH_SHARE = 0.3  # of reading all prompts: a guess at an epoch's time, until the first steps are measured
+EPOCH_SHARE = 0.1  # of reading all prompts: a guess at an epoch's time, until the first steps are measured
 MARKER = "complete.json"
 
 

@@ -49,7 +49,7 @@ def llama(llama_folder: Path) -> model.BaseModel:
 
 
 def trainer(base: model.BaseModel, folder: Path | None, activated: bool = True, name: str = "own",
-            epochs: int = 4, seed: int = 7, rate: float = 20.0) -> train.Trainer:
+            epochs: int = 4, seed: int = 7, rate: float = 10.0) -> train.Trainer:
     examples = posts()
     start = encode.find_start(base, examples, activated)
     encoded, _ = encode.encode_examples(base, examples, start)
@@ -140,6 +140,24 @@ def test_a_stopped_run_goes_on_to_the_same_adapter(llama_folder: Path, tmp_path:
     second.save(tmp_path / "resumed")
     for name in (adapters.WEIGHTS, train.STATE):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+
+
+@pytest.mark.parametrize("activated", [True, False])
+def test_layers_below_the_adapter_run_once_for_each_example(
+    base: model.BaseModel, tmp_path: Path, activated: bool
+) -> None:
+    own = trainer(base, tmp_path, activated)
+    assert own.adapter.first == 1 and all(".1." in path for path, weight in base.network.named_parameters()
+                                          if weight.requires_grad)
+    for happening in own.run():
+        if isinstance(happening, train.Step):
+            break
+    passes: list[int] = []
+    next(base.layers[0].children()).register_forward_hook(lambda *_: passes.append(1))
+    kept = own.evaluate(own.validation)
+    assert bool(passes) is not base.enterable
+    own.entries.full = True
+    assert own.evaluate(own.validation) == pytest.approx(kept, rel=1e-5) and passes
 
 
 def test_prompts_that_begin_alike_are_computed_once(base: model.BaseModel, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ FORM = (b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nuser_data
 CASES = [
     ("GET", "/v1/nothing", b"", {}, 404, "unknown_url"),
     ("GET", "/files", b"", {}, 404, "unknown_url"),
+    ("GET", "/v1/files/", b"", {}, 404, "unknown_url"),
     ("PUT", "/v1/files", b"", {}, 405, "method_not_allowed"),
     ("POST", "/v1/completions", b"{", {}, 400, "invalid_json"),
     ("POST", "/v1/completions", b"[]", {}, 400, "invalid_json"),
