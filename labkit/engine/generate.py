@@ -286,9 +286,8 @@ def _sample(logits: torch.Tensor, top_p: float, chance: torch.Generator) -> int:
     probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
     if top_p < 1:
         before = probabilities.cumsum(-1) - probabilities
+        before[0] = -1.0  # the likeliest stays, also where `top_p` is 0 or too small for float32
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-        if top_p == 0:
-            return int(order[0])
     return int(order[torch.multinomial(probabilities, 1, generator=chance)])
 
 

@@ -368,9 +368,10 @@ def test_a_seed_decides_what_is_sampled(llama: model.BaseModel) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_top_p_zero_is_greedy(llama: model.BaseModel) -> None:
+@pytest.mark.parametrize("top_p", [0.0, 1e-300])  # the latter is 0 as a float32, but was no 0 to Python
+def test_top_p_of_next_to_nothing_is_greedy(llama: model.BaseModel, top_p: float) -> None:
     greedy = finish(llama, [request(llama, "the")])[0].text
-    assert finish(llama, [request(llama, "the", temperature=2.0, top_p=0.0)])[0].text == greedy
+    assert finish(llama, [request(llama, "the", temperature=2.0, top_p=top_p)])[0].text == greedy
 
 
 def test_log_probabilities_are_a_distribution(llama: model.BaseModel) -> None:
