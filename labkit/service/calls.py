@@ -60,8 +60,8 @@ class Piece:
 class Reader:
     """Follows a growing sequence: which of its text and tokens may be shown, and were not yet.
 
-    A token is shown when text at or after its first character is. The end-of-text token and
-    tokens of a stop sequence never are.
+    A token is shown when text at or after its first character is, or when the answer was cut at
+    its length: then all are. The end-of-text token and tokens of a stop sequence never are.
     """
 
     def __init__(self, sequence: "Sequence", index: int, special: frozenset[int]) -> None:
@@ -78,7 +78,7 @@ class Reader:
         self._tokens = len(sequence.tokens)
         text = sequence.text
         shown = []
-        while self._placed and self._placed[0].offset < len(text):
+        while self._placed and (self._placed[0].offset < len(text) or sequence.finish_reason == "length"):
             shown.append(self._placed.popleft())
         fresh, self._text = text[self._text :], len(text)
         return Piece(self.index, fresh, shown, sequence.finish_reason)
