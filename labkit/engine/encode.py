@@ -72,9 +72,9 @@ def encode_ids(ids: Sequence[int], start: Start | None) -> Prompt:
 
 
 def encode_chat(model: BaseModel, messages: Sequence[dict[str, str]], start: Start | None) -> Prompt:
-    """A conversation that the assistant is to continue, through the model's own chat template."""
+    """A conversation that the assistant is to continue, or to begin, through the model's own chat template."""
     header = assistant_header(model)
-    body = render(model, messages, header=True).removesuffix(header)
+    body = render(model, messages, header=True).removesuffix(header) if messages else ""  # transformers refuses none
     return _prompt(model.encode(body) + model.encode(header), start)
 
 

@@ -405,6 +405,14 @@ def test_a_chat_is_learned_turn_by_turn_and_weight_0_is_not(llama: model.BaseMod
     assert llama.tokenizer.decode(only.prompt.ids[only.prompt.start :]) == "<|im_start|>assistant\n"
 
 
+def test_a_chat_that_the_assistant_begins_is_learned_too(llama: model.BaseModel) -> None:
+    report = check([{"messages": [{"role": "assistant", "content": "yes"}]}], minimum=1)
+    start = encode.find_start(llama, report.examples, True)
+    (only,), _ = encode.encode_examples(llama, report.examples, start)
+    assert llama.tokenizer.decode(only.prompt.ids) == "<|im_start|>assistant\n" and only.prompt.start == 0
+    assert llama.tokenizer.decode(only.completion) == "yes<|im_end|>"
+
+
 def test_a_prompt_too_long_loses_its_beginning_only(llama: model.BaseModel) -> None:
     example = Completion("lost " * tiny.CONTEXT + "kept" + SEPARATOR, " bat")
     start = encode.find_start(llama, [example], True)
