@@ -135,6 +135,8 @@ async def stream(
             async for event in events(pieces):
                 name = f"event: {event['type']}\n" if named else ""
                 yield f"{name}data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
+                # Where thousands are queued for a slow reader, nothing else here waits: the others get their turn.
+                await asyncio.sleep(0)
             if not named:
                 yield "data: [DONE]\n\n"
         except Exception as error:

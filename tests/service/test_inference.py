@@ -1,13 +1,15 @@
 """/v1/completions and /v1/chat/completions on the base model."""
 
+import asyncio
 import http.client
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,6 +18,7 @@ import pytest
 import uvicorn
 
 from labkit.engine import generate
+from labkit.service import inference
 from labkit.service.app import create_app
 from tests.conftest import RunningService, wait_until
 
@@ -272,6 +275,34 @@ def test_many_clients_at_once(client: openai.OpenAI) -> None:
     for thread in threads:
         thread.join()
     assert found == [expected] * 48
+
+
+def test_what_is_queued_for_a_slow_reader_holds_up_nobody() -> None:
+    turns = []
+
+    async def pieces() -> AsyncIterator[list[Any]]:
+        for _ in range(100):
+            yield []
+
+    async def events(found: AsyncIterator[list[Any]]) -> AsyncIterator[dict[str, Any]]:
+        async for _ in found:
+            yield {}
+
+    async def others() -> None:
+        while True:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    async def read() -> int:
+        nobody: Any = SimpleNamespace(cancel=lambda call: None, pieces=pieces)
+        response = await inference.stream(nobody, nobody, events)
+        beside = asyncio.create_task(others())
+        sent = [line async for line in response.body_iterator]
+        beside.cancel()
+        return len(sent)
+
+    assert asyncio.run(read()) == 100  # the first says that the call was accepted; at the end comes [DONE]
+    assert len(turns) >= 99
 
 
 @pytest.mark.parametrize("ask", [
