@@ -306,9 +306,9 @@ def test_what_is_queued_for_a_slow_reader_holds_up_nobody() -> None:
 
 
 @pytest.mark.parametrize("ask", [
-    lambda client: client.completions.create(model=BASE, prompt="x", max_tokens=99, stream=True),
-    lambda client: client.chat.completions.create(model=BASE, messages=HELLO, stream=True),
-    lambda client: client.responses.create(model=BASE, input="x", stream=True),
+    lambda client: client.completions.create(model=BASE, prompt="x", max_tokens=99, temperature=0, stream=True),
+    lambda client: client.chat.completions.create(model=BASE, messages=HELLO, temperature=0, stream=True),
+    lambda client: client.responses.create(model=BASE, input="x", temperature=0, stream=True),
 ])
 def test_an_error_inside_a_stream_is_raised_by_the_sdk(
     ask: Callable[[openai.OpenAI], Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
