@@ -196,3 +196,9 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("labkit.service")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").addFilter(_no_cancelled)
+
+
+def _no_cancelled(record: logging.LogRecord) -> bool:
+    """Not the traceback of each reply that a shutdown cuts off: uvicorn tells before how many these are."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 
 from labkit.engine.adapter import WEIGHTS
@@ -161,3 +162,16 @@ def test_a_service_ends_by_itself_when_idle(tiny_model: Path, tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", code, str(home), str(tiny_model), "x", "cold"], timeout=30,
                           capture_output=True)
     assert done.returncode == 0 and not (home / "service.json").exists()
+
+
+def test_a_shutdown_beside_an_unfinished_stream_is_clean(own: RunningService) -> None:
+    stream = own.client.completions.create(model="tiny-llama", prompt="x", n=128, max_tokens=200, stream=True,
+                                           logit_bias={"2": -100})
+    next(stream)
+    begin = own.log_file.stat().st_size
+    assert own.stop() == 0
+    assert "Traceback" not in own.log_file.read_text()[begin:]
+    with pytest.raises(openai.APIConnectionError):  # what came cannot be taken for the whole
+        for _ in stream:
+            pass
+    own.start()
