@@ -175,9 +175,12 @@ def _end_of_text(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 def _layers(network: PreTrainedModel) -> list[torch.nn.Module]:
     """The network's layers, from the first to the last."""
-    count = network.config.num_hidden_layers
-    stacks = (part for part in network.modules() if isinstance(part, torch.nn.ModuleList) and len(part) == count)
-    return list(next(stacks))
+    count = getattr(network.config, "num_hidden_layers", None)
+    for part in network.modules():
+        if isinstance(part, torch.nn.ModuleList) and len(part) == count:
+            return list(part)
+    raise LabkitError(f"{type(network).__name__} has no list of layers as transformers' decoders have it; choose a "
+                      "model such as Llama, GPT-2, GPT-Neo, Qwen2 or Mistral.")
 
 
 def _probe(network: PreTrainedModel, stack: list[torch.nn.Module]) -> tuple[Shape, bool]:
