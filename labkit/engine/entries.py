@@ -8,6 +8,7 @@ kilobytes an example: memory stays flat however many there are.
 import os
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -18,11 +19,16 @@ from labkit.engine.model import BaseModel
 
 
 class Entries:
-    """Hidden states of examples' tails where they enter layer number `first`."""
+    """Hidden states of examples' tails where they enter layer number `first`, in a file in `folder` without a name.
 
-    def __init__(self, model: BaseModel, first: int) -> None:
+    `folder` None is the system's own for temporary files, which on some systems is in memory.
+    """
+
+    def __init__(self, model: BaseModel, first: int, folder: Path | None) -> None:
         self.model, self.first = model, first
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115, open as long as this object lives
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, open as long as this object lives
         self._places: dict[int, tuple[int, int]] = {}  # of an example, by its id(): where it begins, how many tokens
         self.full = first == 0 or not model.enterable  # nothing to gain, no way to do it, or no room on the disk
 

@@ -101,7 +101,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(self.training) / settings.batch_size)
         self.total = self.steps_per_epoch * settings.n_epochs
         self.trained_tokens = settings.n_epochs * sum(example.tokens for example in self.training)
-        self.entries = Entries(model, adapter.first)
+        self.entries = Entries(model, adapter.first, cache.folder and cache.folder.parent)
 
     def run(self) -> Iterator[Prepared | Step | Epoch]:
         """Train to the end from wherever this trainer stands (the start, or a restored state)."""
