@@ -1,6 +1,7 @@
 """The engine: tensors only. It knows nothing of HTTP, jobs, files of users or keys.
 
-    machine.py    the number format this machine is quick in
+    machine.py    the number format this machine is quick in, and the form of weights
+    packed.py     linear maps with weights in the order in which they are multiplied
     model.py      the base model and its tokenizer
     adapter.py    LoRA and activated LoRA through PEFT: make, switch, save, load
     encode.py     examples and prompts -> token ids, and where the adapter starts

@@ -14,8 +14,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from labkit import paths
-from labkit.engine import attention
-from labkit.engine.machine import fast_dtype
+from labkit.engine import attention, packed
+from labkit.engine.machine import fast_dtype, packing_pays
 from labkit.errors import LabkitError
 
 # For tokenizers that bring no chat template of their own, such as GPT-2's.
@@ -145,6 +145,8 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> BaseModel:
         )
         if attention.supported(type(network), network.config):
             network.set_attn_implementation(attention.NAME)
+        if packing_pays(network.dtype):
+            packed.install(network.requires_grad_(False))
     except (OSError, ValueError, KeyError) as error:
         raise LabkitError(
             f"{folder} holds no causal language model that transformers can load ({error}). "
