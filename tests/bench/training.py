@@ -57,7 +57,7 @@ def trl(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
     posts, held_out = workload.older(300), workload.younger(200)
     rows, tests = workload.examples(posts, 128), workload.examples(held_out, 128)
     workload.forget_prompts()
-    ours, done = workload.timed_job(client, rows, n_epochs=TRL_EPOCHS)
+    ours, done = workload.timed_job(client, rows)
     right = workload.accuracy(client, done.fine_tuned_model or "", held_out, 128)
     common = {"package": "trl", "folder": str(assets.base_model()), "rows": rows, "held_out": tests,
               "epochs": TRL_EPOCHS}
