@@ -146,7 +146,7 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> BaseModel:
         if attention.supported(type(network), network.config):
             network.set_attn_implementation(attention.NAME)
         if packing_pays(network.dtype):
-            packed.install(network.requires_grad_(False))
+            packed.install(network)
     except (OSError, ValueError, KeyError) as error:
         raise LabkitError(
             f"{folder} holds no causal language model that transformers can load ({error}). "
