@@ -190,7 +190,8 @@ def _engine() -> Line:
                     "version of requirements.txt; on Windows, also the Visual C++ Redistributable")
     speeds = ", ".join(f"{kind} {flops / 1e9:,.0f} GFLOPS" for kind, flops in found["flops"].items())
     return Line("OK", f"torch {found['torch']} computes in {found['dtype']} on {found['threads']} thread(s); "
-                      f"measured: {speeds}{', with packed weights' if found['packed'][found['dtype']] else ''}")
+                      f"measured: {speeds}{', with packed weights' if found['packed'][found['dtype']] else ''}"
+                      f"{'' if found['quiet'] else '; the machine was busy meanwhile'}")
 
 
 def _facts() -> Iterator[Line]:

@@ -1,4 +1,4 @@
-"""The number format that this machine is quick in, and the form of weights: measured once, kept under LABKIT_HOME."""
+"""What this machine is quick with: number format, form of weights, threads; measured once, kept under LABKIT_HOME."""
 
 import json
 import os
@@ -14,7 +14,11 @@ from labkit.engine import packed
 from labkit.errors import LabkitError
 
 FLOPS = 2 * 512 * 576 * 1536  # operations of the product that is timed, as large as one of SmolLM2's layers
-SECONDS = 0.2  # to time it in each format and form
+SECONDS = 0.15  # to time it in each format and form, and with each number of threads
+AVAILABLE = torch.get_num_threads()  # threads, by torch's own choice: one for each core, or OMP_NUM_THREADS
+SPARE = 0.95  # fewer are taken only if they need less than this share of the time
+QUIET = 0.9  # of the time a lone thread must have had a core, or the machine was too busy to be measured
+TRUSTED = 600.0  # seconds for which what a busy machine seemed quick with is believed
 
 
 def fast_dtype() -> torch.dtype:
@@ -36,38 +40,72 @@ def packing_pays(dtype: torch.dtype) -> bool:
     return measured()["packed"][str(dtype).removeprefix("torch.")]
 
 
+def use_threads() -> None:
+    """Let torch compute in as many threads as were quickest here, in this process."""
+    torch.set_num_threads(measured()["threads"])
+
+
 def measured() -> dict[str, Any]:
     """`dtype`, the quicker of the two, `flops` (operations a second) by format, `threads`, and `torch` (version).
 
-    `packed` tells by format whether these are of weights in oneDNN's order, which was quicker then.
-    Measured in a second, and again only with another machine, version or number of threads.
+    `packed` tells by format whether weights in oneDNN's order were quicker. `threads` are as many
+    as were quickest of those `available`: a processor with slow cores beside quick ones waits for
+    the slow ones. Measured in a second or two, and again only with another machine, version or
+    number of cores, or if the machine was busy, `quiet` False: after ten minutes then.
     """
     note = paths.home() / "machine.json"
     here = {"processor": platform.processor() or platform.machine(), "node": platform.node(),
-            "torch": torch.__version__, "threads": torch.get_num_threads()}
+            "torch": torch.__version__, "available": AVAILABLE}
     try:
-        remembered = json.loads(note.read_text())
+        remembered, age = json.loads(note.read_text()), time.time() - note.stat().st_mtime
     except (OSError, ValueError):
-        remembered = {}
-    if {"flops", "packed"} <= set(remembered) and all(remembered.get(key) == value for key, value in here.items()):
+        remembered, age = {}, 0.0
+    if all(remembered.get(key) == value for key, value in here.items()) and (
+            remembered.get("quiet") or "quiet" in remembered and age < TRUSTED):
         return remembered
-    seconds = {name: _product_seconds(getattr(torch, name)) for name in ("float32", "bfloat16")}
-    flops = {name: FLOPS / min(both) for name, both in seconds.items()}
-    found = here | {"flops": flops, "packed": {name: ordered < plain for name, (plain, ordered) in seconds.items()},
-                    "dtype": max(flops, key=lambda name: flops[name])}
+    found = here | _measure()
     paths.write_text(note, json.dumps(found, indent=1))
     return found
 
 
-def _product_seconds(dtype: torch.dtype) -> tuple[float, float]:
+def _measure() -> dict[str, Any]:
+    """Formats and forms are compared on one thread: beside another program's threads several wait for each other."""
+    wall, cpu = time.perf_counter(), time.thread_time()
+    seconds = {name: _product_seconds(name, threads=1) for name in ("float32", "bfloat16")}
+    quiet = time.thread_time() - cpu > QUIET * (time.perf_counter() - wall)
+    best = {name: min(both) for name, both in seconds.items()}
+    dtype = min(best, key=lambda name: best[name])
+    threads = _quickest_threads(dtype) if quiet else AVAILABLE
+    return {"flops": {name: FLOPS / min(_product_seconds(name, threads)) for name in seconds}, "dtype": dtype,
+            "packed": {name: ordered < plain for name, (plain, ordered) in seconds.items()},
+            "threads": threads, "quiet": quiet}
+
+
+def _quickest_threads(dtype: str) -> int:
+    """All that are available, or three, two or one quarter of them if that is quicker."""
+    if "OMP_NUM_THREADS" in os.environ:  # somebody has chosen
+        return AVAILABLE
+    best, least = AVAILABLE, min(_product_seconds(dtype, AVAILABLE))
+    for count in sorted({max(1, AVAILABLE * quarters // 4) for quarters in (1, 2, 3)} - {AVAILABLE}, reverse=True):
+        spent = min(_product_seconds(dtype, count))
+        if spent < SPARE * least:
+            best, least = count, spent
+    return best
+
+
+def _product_seconds(dtype: str, threads: int) -> tuple[float, float]:
     """The best time of several products, with plain weights and with packed ones (infinite if there is no such way)."""
-    left, right = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-    plain = _best_seconds(lambda: torch.nn.functional.linear(left, right))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    left, right = (torch.ones(size, dtype=getattr(torch, dtype)) for size in ((512, 576), (1536, 576)))
     try:
+        plain = _best_seconds(lambda: torch.nn.functional.linear(left, right))
         ordered = packed.pack(right)
         return plain, _best_seconds(lambda: packed.product(left, ordered))
     except (AttributeError, RuntimeError):  # this processor or platform has none
         return plain, float("inf")
+    finally:
+        torch.set_num_threads(before)
 
 
 def _best_seconds(work: Callable[[], object]) -> float:

@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from labkit import paths
 from labkit.engine import attention, packed
-from labkit.engine.machine import fast_dtype, packing_pays
+from labkit.engine.machine import fast_dtype, packing_pays, use_threads
 from labkit.errors import LabkitError
 
 # For tokenizers that bring no chat template of their own, such as GPT-2's.
@@ -138,6 +138,7 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> BaseModel:
     """
     folder = Path(folder)
     transformers_logging.disable_progress_bar()
+    use_threads()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         network = AutoModelForCausalLM.from_pretrained(
