@@ -38,12 +38,17 @@ class Shared:
     rows: list[int]
 
 
+class Enough(Exception):
+    """Ends a forward pass of which only keys and values are wanted, where the last layer's are known."""
+
+
 @dataclass(frozen=True)
 class _Over:
     """What `over` sets for the block within it."""
 
     states: torch.Tensor
     first: int
+    states_only: bool
     hidden: torch.Tensor | None
     shared: Sequence[Shared]
     fresh: list[KeysValues]
@@ -67,20 +72,21 @@ def supported(network: type[PreTrainedModel], config: PretrainedConfig) -> bool:
 
 @contextmanager
 def over(
-    states: torch.Tensor, lengths: list[int], shared: Sequence[Shared] = (), first: int = 0
+    states: torch.Tensor, lengths: list[int], shared: Sequence[Shared] = (), first: int = 0, states_only: bool = False
 ) -> Iterator[list[KeysValues]]:
     """Within the block, a forward pass without a cache attends over this past as well.
 
     `states` is `[layers, 2, rows, heads, tokens, width]`, right-aligned, of the layers from number
     `first` on, the only ones that may run then; row i has `lengths[i]` tokens. Before them come what
     rows have in common, `shared`: a row is in one of these at most.
-    The list it yields receives the fresh tokens' keys and values, layer by layer.
+    The list it yields receives the fresh tokens' keys and values, layer by layer. With `states_only`
+    nothing else is wanted: the block ends with the last of these, by an `Enough` that it must catch.
     """
     hidden, longest = None, states.shape[4]
     if min(lengths) < longest:
         hidden = (torch.arange(longest) < longest - torch.tensor(lengths)[:, None])[:, None, None, :]
     fresh: list[KeysValues] = []
-    token = _past.set(_Over(states, first, hidden, shared, fresh))
+    token = _past.set(_Over(states, first, states_only, hidden, shared, fresh))
     try:
         yield fresh
     finally:
@@ -105,6 +111,8 @@ def attend(
     if past is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     past.fresh.append((key.detach(), value.detach()))
+    if past.states_only and len(past.fresh) == len(past.states):
+        raise Enough
     assert isinstance(module.layer_idx, int)
     keys, values = past.states[module.layer_idx - past.first]
     own = [(keys, values), (key, value)]
@@ -179,11 +187,9 @@ def _with_shared(
         for folded, (states, members) in zip(together, shared, strict=True):
             highest = (folded @ states[0, :, :probed, :width].transpose(1, 2)).amax(-1, keepdim=True)
             peak[members] = peak[members].maximum(_unfolded(highest, len(members)))
-        total = torch.zeros(rows, heads, count, width + 1)
+        total = torch.zeros(rows, heads, count, width + 1, dtype=query.dtype)
         for scores, values in own:
-            weights = (scores - peak).exp_()
-            total[..., :width] += weights @ values
-            total[..., width:] += weights.sum(-1, keepdim=True)
+            total += (scores - peak).exp_() @ torch.nn.functional.pad(values, (0, 1), value=1.0)
         for folded, (states, members) in zip(together, shared, strict=True):
             reference = peak[members].transpose(0, 1).reshape(heads, -1, 1)
             weights = (torch.cat([folded, -reference], dim=-1) @ states[0].transpose(1, 2)).exp_()
@@ -194,7 +200,7 @@ def _with_shared(
                 total[members] += sums
         if total[..., width].isfinite().all():
             break
-    return (total[..., :width] / total[..., width:]).to(query.dtype)
+    return total[..., :width] / total[..., width:]
 
 
 def _unfolded(sums: torch.Tensor, rows: int) -> torch.Tensor:

@@ -83,15 +83,18 @@ class Past:
         return cache
 
 
-def run(model: BaseModel, part: torch.nn.Module, past: Past, ids: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """Run fresh tokens `[rows, n]` through the network, or that `part` of it, over a past.
+def run(model: BaseModel, past: Past, ids: torch.Tensor, logits: bool = True) -> tuple[Any, torch.Tensor]:
+    """Run fresh tokens `[rows, n]` through the network over a past.
 
-    Returns its output and the fresh tokens' keys and values, `[layers, 2, rows, heads, n, width]`.
+    Returns its output and the fresh tokens' keys and values, `[layers, 2, rows, heads, n, width]`;
+    without `logits` the output is None, and the last layer's own work is left out where that can be.
     """
     longest, count = past.states.shape[4], ids.shape[1]
     positions = (torch.tensor(past.positions)[:, None] + torch.arange(count)).clamp(max=model.context - 1)
+    part, output = model.network if logits else model.network.base_model, None
     if model.constant_past:
-        with attention.over(past.states, past.lengths, past.shared) as fresh:
+        over = attention.over(past.states, past.lengths, past.shared, states_only=not logits)
+        with over as fresh, suppress(attention.Enough):
             output = part(input_ids=ids, position_ids=positions, use_cache=False)
     else:
         cache, lengths = past.as_cache(), torch.tensor(past.lengths)
@@ -113,7 +116,8 @@ class PromptCache:
         self.computed = self.reused = 0  # tokens, for tests and for `usage`
         self.full = False  # the disk had no room: go on without keeping
         self._verified: set[str] = set()
-        self._beginnings: OrderedDict[str, torch.Tensor] = OrderedDict()  # used lately, by their last block's name
+        # What prompts began with in common lately, tokens and states, by the last block's name.
+        self._beginnings: OrderedDict[str, tuple[tuple[int, ...], torch.Tensor]] = OrderedDict()
         self._size = sum(size for _, size, _ in self._files())
 
     def fetch(
@@ -129,7 +133,9 @@ class PromptCache:
         the layers from number `first` on are returned.
         """
         share = share and self.model.constant_past
-        rows = [self._blocks(ids, adapter.digest if adapter else "") for ids in prompts]
+        cuts = self._cuts(prompts) if share else [0] * len(prompts)
+        rows = [self._blocks(ids, adapter.digest if adapter else "", cut)
+                for ids, cut in zip(prompts, cuts, strict=True)]
         held: dict[str, torch.Tensor] = {}
         found = []
         for blocks in rows:
@@ -193,9 +199,9 @@ class PromptCache:
         # What stands right of a row's end is never looked at.
         if ended:
             with self.model.keeping(torch.tensor(ended), torch.tensor(columns)):
-                output, computed = run(self.model, self.model.network, past, ids)
+                output, computed = run(self.model, past, ids)
         else:
-            _, computed = run(self.model, self.model.network.base_model, past, ids)
+            _, computed = run(self.model, past, ids, logits=False)
         for row, blocks in enumerate(rows):
             for block in blocks[level:]:
                 begin = block.position - blocks[level].position
@@ -228,16 +234,36 @@ class PromptCache:
         name = blocks[-1].name
         if name not in self._beginnings:
             whole = torch.cat([held[block.name] for block in blocks], dim=3)
-            self._beginnings[name] = torch.nn.functional.pad(whole, (0, 1), value=1.0)
+            ids = tuple(id for block in blocks for id in block.ids)
+            self._beginnings[name] = ids, torch.nn.functional.pad(whole, (0, 1), value=1.0)
             if len(self._beginnings) > BEGINNINGS:
                 self._beginnings.popitem(last=False)
         self._beginnings.move_to_end(name)
-        return self._beginnings[name]
+        return self._beginnings[name][1]
 
-    def _blocks(self, ids: Sequence[int], weights: str) -> list[Block]:
+    def _cuts(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Where to end a block of each prompt: after all that it has in common with others now, or had lately.
+
+        Of what few-shot prompts share, nothing is then read for each of them.
+        """
+        alike: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        for ids in prompts:
+            alike.setdefault(tuple(ids[:BLOCK]), []).append(tuple(ids))
+        cuts = {}
+        for first, members in alike.items():
+            common = len(os.path.commonprefix(members)) if len(members) > 1 else 0
+            lately = max((len(ids) for ids, _ in self._beginnings.values() if members[0][: len(ids)] == ids), default=0)
+            # A few tokens more in common are chance, and with another cut nothing of before would be found.
+            cut = common if common >= lately + BLOCK else min(lately, common or lately)
+            cuts[first] = cut if cut > BLOCK else 0
+        return [cuts[tuple(ids[:BLOCK])] for ids in prompts]
+
+    def _blocks(self, ids: Sequence[int], weights: str, cut: int = 0) -> list[Block]:
+        """The prompt in blocks; one ends at `cut`, and the next ones are counted from there."""
         blocks, name = [], hashlib.sha256(f"{self.model.digest}/{weights}/{BLOCK}".encode()).digest()
-        for begin in range(0, len(ids), BLOCK):
-            piece = tuple(ids[begin : begin + BLOCK])
+        begins = [*range(0, cut, BLOCK), *range(cut, len(ids), BLOCK)]
+        for begin, end in zip(begins, [*begins[1:], len(ids)], strict=False):
+            piece = tuple(ids[begin:end])
             name = hashlib.sha256(name + np.array(piece, dtype="<i8").tobytes()).digest()
             blocks.append(Block(name.hex()[:40], piece, begin))
         return blocks

@@ -238,7 +238,7 @@ class _Batch:
         past = Past(self.states[:, :, :, :, : self.used], self.lengths, self.shared)
         every = torch.arange(len(self.rows))
         with adapters.active(model, self.adapter), model.keeping(every, torch.full_like(every, count - 1)):
-            output, states = run(model, model.network, past, torch.tensor(fresh))
+            output, states = run(model, past, torch.tensor(fresh))
         self.append(states, output.logits[0].float())
 
     def append(self, states: torch.Tensor, logits: torch.Tensor) -> None:

@@ -22,7 +22,6 @@ from labkit.engine import encode, train
 from labkit.engine.adapter import Adapter
 from labkit.engine.cache import PromptCache
 from labkit.engine.encode import Encoded
-from labkit.engine.model import BaseModel
 from labkit.examples import Completion, Example
 from labkit.service import objects
 from labkit.service.errors import JobError
@@ -42,8 +41,9 @@ MARKER = "complete.json"
 class Run:
     """One job from its queued state to its end, or to where it has to stop."""
 
-    def __init__(self, store: Store, row: Row, model: BaseModel, stopping: threading.Event) -> None:
-        self.store, self.row, self.model, self.stopping = store, row, model, stopping
+    def __init__(self, store: Store, row: Row, cache: PromptCache, stopping: threading.Event) -> None:
+        self.store, self.row, self.cache, self.stopping = store, row, cache, stopping
+        self.model = cache.model
         self.id, self.inner = row.id, row.inner
         self.folder = store.jobs / row.id
         self.states = self.folder / "state"
@@ -88,8 +88,7 @@ class Run:
             adapters.initialise(self.model, adapter, self.folder / "parent")
         if start.text:
             self._warn_of_other_endings(validation, start.text)
-        cache = PromptCache(self.model, self.store.home / "cache" / "prompts")
-        return train.Trainer(self.model, adapter, cache, self._encode("training", training, adapter),
+        return train.Trainer(self.model, adapter, self.cache, self._encode("training", training, adapter),
                              self._encode("validation", validation, adapter), settings)
 
     def _examples(self, which: str) -> list[Example]:

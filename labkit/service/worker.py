@@ -32,9 +32,9 @@ from labkit.service.objects import Body
 from labkit.service.store import Row, Store
 
 if TYPE_CHECKING:
-    from labkit.engine.model import BaseModel
+    from labkit.engine.cache import PromptCache
 
-BATCH_SIZE = 16  # "auto", or the number of examples if there are fewer
+BATCH_SIZE = 8  # "auto", or the number of examples if there are fewer; see engine/README.md
 MULTIPLIER = 1.0  # "auto"
 IDLE_SECONDS = 60.0  # to wait for another job, with the model in memory
 DISK_FULL = 28  # exit code; the number of Linux's ENOSPC, but any would do
@@ -62,11 +62,11 @@ def main(home: Path, base: Path) -> None:
 
 
 class Worker:
-    """Does one job after the other, keeping the model that the first one loads."""
+    """Does one job after the other, keeping the model that the first one loads, and what it knows of cached prompts."""
 
     def __init__(self, store: Store, base: Path, stopping: threading.Event) -> None:
         self.store, self.base, self.stopping = store, base, stopping
-        self._model: BaseModel | None = None
+        self._cache: PromptCache | None = None
 
     def do(self, job_id: str) -> bool:
         """Validate or train one job, and tell whether it came to its end; an exception becomes the job's error."""
@@ -98,13 +98,15 @@ class Worker:
 
     def _train(self, store: Store, row: Row) -> bool:
         from labkit.engine import model as models  # torch takes seconds to load, and validation needs none
+        from labkit.engine.cache import PromptCache
         from labkit.service.training import Run
 
-        if self._model is None:
+        if self._cache is None:
             if hasattr(os, "nice"):
                 os.nice(15)  # answering goes before training
-            self._model = models.load(self.base)
-        return Run(store, row, self._model, self.stopping).run()
+            self._cache = PromptCache(models.load(self.base), store.home / "cache" / "prompts")
+        self._cache.full = False  # there may be room on the disk again
+        return Run(store, row, self._cache, self.stopping).run()
 
 
 def fail(store: Store, job_id: str, error: JobError) -> None:

@@ -53,10 +53,10 @@ def older(count: int | None = None) -> pd.DataFrame:
     return posts[posts.split == "train"].sample(frac=1, random_state=42).head(count or len(posts))
 
 
-def younger(count: int) -> pd.DataFrame:
-    """Test posts, by date."""
+def younger(count: int | None = None) -> pd.DataFrame:
+    """Test posts, by date, in a fixed random order."""
     posts = labkit.posts()
-    return posts[posts.split == "test"].sample(count, random_state=42)
+    return posts[posts.split == "test"].sample(frac=1, random_state=42).head(count or len(posts))
 
 
 def prompts(posts: pd.DataFrame, limit: int) -> list[str]:
@@ -79,11 +79,12 @@ def chats(count: int, length: int) -> list[Row]:
             for text, label in zip(posts.text, posts.label, strict=True)]
 
 
-def start_job(client: openai.OpenAI, rows: list[Row], **hyperparameters: Any) -> FineTuningJob:
+def start_job(client: openai.OpenAI, rows: list[Row], adapter: str = "activated", **hyperparameters: Any
+              ) -> FineTuningJob:
     """Upload rows and create a job."""
     file = client.files.create(file=("train.jsonl", "\n".join(map(json.dumps, rows)).encode()), purpose="fine-tune")
     return client.fine_tuning.jobs.create(
-        model=BASE, training_file=file.id, seed=42,
+        model=BASE, training_file=file.id, seed=42, extra_body={"labkit": {"adapter": adapter}},
         method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}})
 
 
@@ -96,10 +97,10 @@ def finish(client: openai.OpenAI, job: FineTuningJob) -> FineTuningJob:
     return job
 
 
-def timed_job(client: openai.OpenAI, rows: list[Row], **hyperparameters: Any) -> tuple[float, FineTuningJob]:
-    """Seconds from `jobs.create` to the end, and the finished job."""
+def timed_job(client: openai.OpenAI, rows: list[Row], **options: Any) -> tuple[float, FineTuningJob]:
+    """Seconds from the upload to the job's end, and the finished job; `options` as for `start_job`."""
     begin = time.perf_counter()
-    done = finish(client, start_job(client, rows, **hyperparameters))
+    done = finish(client, start_job(client, rows, **options))
     return time.perf_counter() - begin, done
 
 

@@ -191,6 +191,21 @@ def test_prompts_read_together_are_what_the_network_makes_of_each(base: model.Ba
         torch.testing.assert_close(past.ahead[1][row], whole.logits[0, -1], atol=1e-4, rtol=1e-3)
 
 
+def test_what_prompts_share_is_read_once_to_the_last_token(llama: model.BaseModel) -> None:
+    shared = [(3 * i) % 300 for i in range(BLOCK + 40)]
+    prompts = [shared + [number] * 10 for number in range(4)]
+    cache = PromptCache(llama, None)
+    cache.fetch(prompts[:2], share=True)
+    assert cache.computed == len(shared) + 2 * 10
+    past, _ = cache.fetch(prompts[2:3], share=True)  # one alone is known to begin as those before it
+    assert past.lengths == [10 + len(shared)]
+    past, _ = cache.fetch(prompts[2:] + [[9, *prompts[3]]], share=True)
+    assert past.lengths == [10, 10, len(prompts[3]) + 1] and past.shared[0].rows == [0, 1]
+    kept = {tuple(ids[:cut]) for ids, cut in zip(prompts, cache._cuts(prompts), strict=True)}
+    assert kept == {tuple(shared)}
+    assert cache._cuts([ids[:BLOCK] for ids in prompts]) == [0] * 4  # a whole block is cut there anyway
+
+
 def test_what_is_cached_does_not_depend_on_what_was_computed_beside_it(base: model.BaseModel) -> None:
     prompts = [[(7 * i + j) % 300 for j in range(20 + 30 * i)] for i in range(5)]
     together = PromptCache(base, None).fetch(prompts)[0]
