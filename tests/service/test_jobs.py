@@ -131,7 +131,7 @@ def test_chat_files_plain_lora_and_the_older_hyperparameters(client: openai.Open
     client.files.delete(copy)  # the job has its own
     done = finished(client, job.id)
     assert done.status == "succeeded", done.error
-    assert done.hyperparameters.batch_size == 12 and done.hyperparameters.learning_rate_multiplier == 1
+    assert done.hyperparameters.batch_size == 8 and done.hyperparameters.learning_rate_multiplier == 1
     warned = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=50) if event.level == "warn"]
     assert len(warned) == 1 and "lost their beginning" in warned[0]
     name = done.fine_tuned_model or ""

@@ -239,7 +239,7 @@ def test_what_jobs_keep_of_a_deleted_file_counts_among_the_stored_bytes(room: Se
 def test_models_count_among_the_stored_bytes(room: Served) -> None:
     greta = room.person("greta", "--bytes", "30000")
     file = upload(greta, posts(12))
-    job = greta.fine_tuning.jobs.create(model=BASE, training_file=file, method=supervised(n_epochs=1))
+    job = greta.fine_tuning.jobs.create(model=BASE, training_file=file, method=supervised(n_epochs=1, batch_size=12))
     model = finished(greta, job.id).fine_tuned_model
     folders = [room.home / "models" / name for name in os.listdir(room.home / "models") if str(model)[-8:] in name]
     sizes = sum(path.stat().st_size for folder in folders for path in folder.iterdir())
