@@ -63,10 +63,10 @@ def clean(notebook: NotebookNode) -> None:
 
 
 def _is_debris(cell: NotebookNode, output: NotebookNode) -> bool:
-    """Whether an output is a bar that has vanished, a quiz (which a stored page cannot show), or standard error."""
+    """Whether an output is a progress bar, a quiz (which a stored page cannot show), or standard error."""
     data = output.get("data", {})
-    empty_bar = data.get("text/html") == ""
-    return empty_bar or "labkit.quiz(" in cell.source or output.get("name") == "stderr"
+    bar = data.get("text/html") == "" or "application/vnd.jupyter.widget-view+json" in data
+    return bar or "labkit.quiz(" in cell.source or output.get("name") == "stderr"
 
 
 def _without_paths(text: str) -> str:
