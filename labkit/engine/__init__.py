@@ -5,6 +5,7 @@
     model.py      the base model and its tokenizer
     adapter.py    LoRA and activated LoRA through PEFT: make, switch, save, load
     encode.py     examples and prompts -> token ids, and where the adapter starts
+    layout.py     prompts in named blocks, and which of them are read or attended over together
     cache.py      keys and values of prompts, computed once, kept on disk
     entries.py    what enters an adapter's first layer, worked out once for each example
     train.py      the training loop, as a generator of metrics

@@ -11,10 +11,9 @@ before them: what a file holds depends on the tokens alone, not on what was comp
 For answers, where a rounding may differ, whole prompts are read in one pass, several together.
 """
 
-import hashlib
 import os
 import zlib
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -26,26 +25,16 @@ import torch
 from transformers import DynamicCache
 
 from labkit.engine import adapter as adapters
-from labkit.engine import attention
+from labkit.engine import attention, layout
 from labkit.engine.adapter import Adapter
 from labkit.engine.attention import Shared
+from labkit.engine.layout import BLOCK, ROWS, Block
 from labkit.engine.model import BaseModel
 
-BLOCK = 64  # tokens
 PAD = 32  # a prompt's last, shorter block is computed at a multiple of this width
-ROWS = 16  # blocks computed in one forward pass: with 1,024 tokens the intermediate results still fit the caches
 BEGINNINGS = 4  # of few-shot prompts and the like that stay in memory; 47 MB each at most for SmolLM2-135M
 TRAILER = 4  # bytes of CRC-32 at the end of a file
 Ahead = tuple[torch.Tensor, torch.Tensor]  # of one token: keys and values, and the logits it leads to
-
-
-@dataclass(frozen=True)
-class Block:
-    """A stretch of a prompt: `ids`, which begin at `position` tokens, under a name for all up to there."""
-
-    name: str
-    ids: tuple[int, ...]
-    position: int
 
 
 @dataclass(frozen=True)
@@ -134,7 +123,7 @@ class PromptCache:
         """
         share = share and self.model.constant_past
         cuts = self._cuts(prompts) if share else [0] * len(prompts)
-        rows = [self._blocks(ids, adapter.digest if adapter else "", cut)
+        rows = [self._laid_out(ids, adapter.digest if adapter else "", cut)
                 for ids, cut in zip(prompts, cuts, strict=True)]
         held: dict[str, torch.Tensor] = {}
         found = []
@@ -149,7 +138,7 @@ class PromptCache:
                 known += len(block.ids)
             found.append(known)
         with adapters.active(self.model, adapter) if sum(found) < sum(map(len, prompts)) else nullcontext():
-            ahead = self._compute(rows, held, share, _endings(rows, following))
+            ahead = self._compute(rows, held, share, layout.endings(rows, following))
         self.reused += sum(found)
         past = self._assemble(rows, held, share, first)
         if following and all(blocks and blocks[-1].name in ahead for blocks in rows):
@@ -177,10 +166,10 @@ class PromptCache:
                     alike.setdefault(blocks[level].name, []).append(blocks)
             todo: dict[int, list[list[Block]]] = {}  # by width
             for members in alike.values():
-                part = _common(members)[: level + (ROWS if share else 1)]
+                part = layout.common(members)[: level + (ROWS if share else 1)]
                 tokens = sum(len(block.ids) for block in part[level:]) + (part[-1].name in endings)
                 todo.setdefault(tokens if share else -(-tokens // PAD) * PAD, []).append(part)
-            for width, parts in _packed(todo) if share else _by_width(todo):
+            for width, parts in layout.packed(todo) if share else layout.by_width(todo):
                 ahead |= self._forward(parts, level, width, held, share, endings)
 
     @torch.inference_mode()
@@ -214,7 +203,7 @@ class PromptCache:
 
     def _assemble(self, rows: list[list[Block]], held: dict[str, torch.Tensor], share: bool, first: int = 0) -> Past:
         shared, skip = [], [0] * len(rows)  # how many blocks of each row stand in `shared`
-        for common, members in _beginnings(rows) if share else ():
+        for common, members in layout.beginnings(rows) if share else ():
             shared.append(Shared(self._beginning(common, held), members))
             for row in members:
                 skip[row] = len(common)
@@ -258,15 +247,13 @@ class PromptCache:
             cuts[first] = cut if cut > BLOCK else 0
         return [cuts[tuple(ids[:BLOCK])] for ids in prompts]
 
-    def _blocks(self, ids: Sequence[int], weights: str, cut: int = 0) -> list[Block]:
-        """The prompt in blocks; one ends at `cut`, and the next ones are counted from there."""
-        blocks, name = [], hashlib.sha256(f"{self.model.digest}/{weights}/{BLOCK}".encode()).digest()
-        begins = [*range(0, cut, BLOCK), *range(cut, len(ids), BLOCK)]
-        for begin, end in zip(begins, [*begins[1:], len(ids)], strict=False):
-            piece = tuple(ids[begin:end])
-            name = hashlib.sha256(name + np.array(piece, dtype="<i8").tobytes()).digest()
-            blocks.append(Block(name.hex()[:40], piece, begin))
-        return blocks
+    def _laid_out(self, ids: Sequence[int], weights: str, cut: int) -> list[Block]:
+        """The prompt in blocks, one of which ends at `cut`, unless it is kept without: a training cuts nowhere."""
+        model = f"{self.model.digest}/{weights}"
+        plain = layout.blocks(ids, model)
+        if cut % BLOCK == 0 or (self.folder is not None and self._path(plain[cut // BLOCK].name).exists()):
+            return plain
+        return layout.blocks(ids, model, cut)
 
     # --- files -----------------------------------------------------------------------------
 
@@ -339,44 +326,3 @@ class PromptCache:
             except OSError:  # on Windows a block in use cannot be deleted; the next one can
                 continue
             self._size -= size
-
-
-def _beginnings(rows: list[list[Block]]) -> list[tuple[list[Block], list[int]]]:
-    """The blocks that several rows begin with, and which rows these are."""
-    alike: dict[str, list[int]] = {}
-    for row, blocks in enumerate(rows):
-        if blocks:
-            alike.setdefault(blocks[0].name, []).append(row)
-    found = []
-    for members in alike.values():
-        if len(members) > 1:
-            found.append((_common([rows[row] for row in members]), members))
-    return found
-
-
-def _endings(rows: list[list[Block]], following: Sequence[int]) -> dict[str, int]:
-    """By the name of each prompt's last block the token that follows it, where that is the same in all rows."""
-    pairs = {(blocks[-1].name, token) for blocks, token in zip(rows, following, strict=False) if blocks}
-    names = Counter(name for name, _ in pairs)
-    return {name: token for name, token in pairs if names[name] == 1}
-
-
-def _common(rows: list[list[Block]]) -> list[Block]:
-    """The blocks that all these rows begin with."""
-    return rows[0][: len(os.path.commonprefix([[block.name for block in row] for row in rows]))]
-
-
-def _by_width(todo: dict[int, list[list[Block]]]) -> Iterator[tuple[int, list[list[Block]]]]:
-    """Passes of rows of the same width: what comes out does not depend on the others then."""
-    for width, rows in sorted(todo.items()):
-        for begin in range(0, len(rows), ROWS):
-            yield width, rows[begin : begin + ROWS]
-
-
-def _packed(todo: dict[int, list[list[Block]]]) -> Iterator[tuple[int, list[list[Block]]]]:
-    """Passes of rows of nearly the same width, as many as come to the same number of tokens."""
-    rows = [(width, row) for width, alike in sorted(todo.items()) for row in alike]
-    while rows:
-        count = max(n for n in range(1, len(rows) + 1) if n == 1 or n * rows[n - 1][0] <= ROWS * BLOCK)
-        yield rows[count - 1][0], [row for _, row in rows[:count]]
-        rows = rows[count:]

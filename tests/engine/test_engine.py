@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from labkit.engine import adapter as adapters
 from labkit.engine import encode, generate, model, train
-from labkit.engine.cache import BLOCK, PromptCache
+from labkit.engine.cache import PromptCache
+from labkit.engine.layout import BLOCK
 from labkit.examples import Chat, Completion, auto_epochs, check
 from tests import tiny
 
@@ -204,6 +205,19 @@ def test_what_prompts_share_is_read_once_to_the_last_token(llama: model.BaseMode
     kept = {tuple(ids[:cut]) for ids, cut in zip(prompts, cache._cuts(prompts), strict=True)}
     assert kept == {tuple(shared)}
     assert cache._cuts([ids[:BLOCK] for ids in prompts]) == [0] * 4  # a whole block is cut there anyway
+
+
+def test_what_a_training_has_read_is_found_for_answers(llama: model.BaseModel, tmp_path: Path) -> None:
+    prompts = [[(3 * i) % 300 for i in range(BLOCK + 40)] + [number] * 80 for number in range(3)]
+    cache = PromptCache(llama, tmp_path)
+    cache.fetch(prompts[:2])
+    read = cache.computed
+    past, found = cache.fetch(prompts, share=True)
+    assert found[:2] == [len(prompts[0])] * 2 and cache.computed == read + len(prompts[2]) - BLOCK
+    for row, ids in enumerate(prompts):  # one is laid out in other blocks than the others
+        alone = PromptCache(llama, None).fetch([ids])[0].states[:, :, 0]
+        own = past.lengths[row]
+        torch.testing.assert_close(past.states[:, :, row, :, -own:], alone[:, :, :, -own:], atol=1e-5, rtol=1e-4)
 
 
 def test_what_is_cached_does_not_depend_on_what_was_computed_beside_it(base: model.BaseModel) -> None:
