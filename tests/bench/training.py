@@ -59,7 +59,7 @@ def trl(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
 
     def ours(adapter: str) -> tuple[float, float]:
         workload.forget_prompts()
-        spent, done = workload.timed_job(client, rows, adapter, n_epochs=TRL_EPOCHS)
+        spent, done = workload.timed_job(client, rows, adapter=adapter, n_epochs=TRL_EPOCHS)
         right = workload.accuracy(client, done.fine_tuned_model or "", held_out, 128)
         sheet.figure("trl", f"our job, {adapter} LoRA, {TRL_EPOCHS} epochs", spent, "s", f"accuracy {right:.3f}")
         return spent, right
