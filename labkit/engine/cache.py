@@ -76,7 +76,7 @@ def run(model: BaseModel, past: Past, ids: torch.Tensor, logits: bool = True) ->
     """Run fresh tokens `[rows, n]` through the network over a past.
 
     Returns its output and the fresh tokens' keys and values, `[layers, 2, rows, heads, n, width]`;
-    without `logits` the output is None, and the last layer's own work is left out where that can be.
+    without `logits` the output is of no use, and the last layer's own work is left out where that can be.
     """
     longest, count = past.states.shape[4], ids.shape[1]
     positions = (torch.tensor(past.positions)[:, None] + torch.arange(count)).clamp(max=model.context - 1)
