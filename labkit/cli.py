@@ -137,9 +137,9 @@ def _serve(parsed: argparse.Namespace) -> int:
     tls = (parsed.tls_cert, parsed.tls_key) if parsed.tls_cert else None
     base = parsed.base_model or assets.base_model()
     own = parsed.base_model is None and "LABKIT_BASE_MODEL" not in os.environ
-    return serve(parsed.host, parsed.port, paths.home(), base, BASE_NAME if own else base.resolve().name.lower(),
-                 idle_exit=None if parsed.idle_exit is None else parsed.idle_exit * 60, tls=tls,
-                 insecure=parsed.insecure, names=parsed.allow_host, origins=parsed.allow_origin)
+    serve(parsed.host, parsed.port, paths.home(), base, BASE_NAME if own else base.resolve().name.lower(),
+          idle_exit=None if parsed.idle_exit is None else parsed.idle_exit * 60, tls=tls,
+          insecure=parsed.insecure, names=parsed.allow_host, origins=parsed.allow_origin)
 
 
 def _stop(parsed: argparse.Namespace) -> int:

@@ -21,8 +21,8 @@ from tests import tiny
 
 BASE_NAME = "tiny-llama"
 START = ("from pathlib import Path; import sys; from labkit.service.run import serve; "
-         "raise SystemExit(serve(port=0, home=Path(sys.argv[1]), base=Path(sys.argv[2]), base_name=sys.argv[3], "
-         "warm=sys.argv[4] == 'warm'))")
+         "serve(port=0, home=Path(sys.argv[1]), base=Path(sys.argv[2]), base_name=sys.argv[3], "
+         "warm=sys.argv[4] == 'warm')")
 ENDED = ("succeeded", "failed", "cancelled")
 HOME = paths.COURSE / "build" / "test"  # LABKIT_HOME of the whole run, notebooks included
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -39,8 +40,8 @@ def serve(
     insecure: bool = False,
     names: Sequence[str] = (),
     origins: Sequence[str] = (),
-) -> int:
-    """Serve until SIGTERM or Ctrl-C; returns the exit code 0.
+) -> NoReturn:
+    """Serve until SIGTERM or Ctrl-C, then end the process with exit code 0.
 
     `port` 0 takes any free one. `home` defaults to `LABKIT_HOME`, `base` (a folder with a causal
     LM) to the course's base model, fetched if need be. With `idle_exit` the service ends after so
@@ -71,7 +72,9 @@ def serve(
             (home / "service.json").unlink(missing_ok=True)
             for number, handler in previous.items():
                 signal.signal(number, handler)
-    return 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the interpreter's own exit aborts while the scheduler's thread is in torch, loading the model, say
 
 
 class Server(uvicorn.Server):

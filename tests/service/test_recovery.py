@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,6 +163,13 @@ def test_a_service_ends_by_itself_when_idle(tiny_model: Path, tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", code, str(home), str(tiny_model), "x", "cold"], timeout=30,
                           capture_output=True)
     assert done.returncode == 0 and not (home / "service.json").exists()
+
+
+def test_a_shutdown_while_the_model_is_being_loaded_is_clean(tiny_model: Path, tmp_path: Path) -> None:
+    own = RunningService(tmp_path / "home", tiny_model)
+    time.sleep(1.5)  # with the two that a shutdown waits for the thread, this is in the midst of torch's import
+    assert own.stop() == 0
+    assert "terminate called" not in own.log_file.read_text() and not (own.home / "service.json").exists()
 
 
 def test_a_shutdown_beside_an_unfinished_stream_is_clean(own: RunningService) -> None:
