@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from labkit.engine.adapter import Adapter
 from labkit.engine.attention import Shared
 from labkit.engine.layout import BLOCK, ROWS, Block
 from labkit.engine.model import BaseModel
+
+if TYPE_CHECKING:
+    from labkit.engine.entries import Entries
 
 PAD = 32  # a prompt's last, shorter block is computed at a multiple of this width
 BEGINNINGS = 4  # of few-shot prompts and the like that stay in memory; 47 MB each at most for SmolLM2-135M
@@ -104,6 +107,7 @@ class PromptCache:
         self.limit = limit
         self.computed = self.reused = 0  # tokens, for tests and for `usage`
         self.full = False  # the disk had no room: go on without keeping
+        self.entries: Entries | None = None  # of the last training, for one on the same examples
         self._verified: set[str] = set()
         # What prompts began with in common lately, tokens and states, by the last block's name.
         self._beginnings: OrderedDict[str, tuple[tuple[int, ...], torch.Tensor]] = OrderedDict()
@@ -146,6 +150,11 @@ class PromptCache:
             past = replace(past, ahead=(torch.stack([states for states, _ in found_ahead], dim=2),
                                         torch.stack([logits for _, logits in found_ahead])))
         return past, found
+
+    def holds(self, prompts: Sequence[Sequence[int]]) -> bool:
+        """Whether `fetch` would find all of these prompts, as a training cuts them into blocks."""
+        return self.folder is not None and all(
+            self._path(block.name).exists() for ids in prompts for block in self._laid_out(ids, "", 0))
 
     def _compute(
         self, rows: list[list[Block]], held: dict[str, torch.Tensor], share: bool, endings: dict[str, int]

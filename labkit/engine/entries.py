@@ -1,8 +1,8 @@
 """What enters an adapter's first layer, worked out once for each example.
 
 The layers below the first one that an adapter changes are frozen and see nothing of it, so
-their work on an example is the same in every epoch. It is kept in a temporary file, some
-kilobytes an example: memory stays flat however many there are.
+their work on an example is the same in every epoch, and in every job of a sweep. It is kept in
+a temporary file, some kilobytes an example: memory stays flat however many there are.
 """
 
 import os
@@ -13,36 +13,52 @@ from pathlib import Path
 import torch
 
 from labkit.engine import attention
+from labkit.engine.adapter import Adapter
 from labkit.engine.cache import Past
 from labkit.engine.encode import Encoded
 from labkit.engine.model import BaseModel
 
 
 class Entries:
-    """Hidden states of examples' tails where they enter layer number `first`, in a file in `folder` without a name.
+    """Hidden states of the tails of `examples` where they enter `adapter`'s first layer, in a file without a name.
 
-    `folder` None is the system's own for temporary files, which on some systems is in memory.
+    It is in `folder`; None is the system's own for temporary files, which on some systems is in memory.
     """
 
-    def __init__(self, model: BaseModel, first: int, folder: Path | None) -> None:
-        self.model, self.first = model, first
+    def __init__(self, model: BaseModel, adapter: Adapter, folder: Path | None, examples: Sequence[Encoded]) -> None:
+        self.model, self.adapter, self.examples = model, adapter, examples
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, open as long as this object lives
         self._places: dict[int, tuple[int, int]] = {}  # of an example, by its id(): where it begins, how many tokens
-        self.full = first == 0 or not model.enterable  # nothing to gain, no way to do it, or no room on the disk
+        # Nothing to gain, no way to do it, or no room on the disk.
+        self.full = adapter.first == 0 or not model.enterable
+
+    def serve(self, adapter: Adapter, examples: Sequence[Encoded]) -> bool:
+        """Go over to another training, if it has the same examples in the same order; whether it has."""
+        before, alike = self.adapter, examples == self.examples
+        if self.full or not alike or (before.first, before.start) != (adapter.first, adapter.start):
+            return False
+        self._places = {id(new): self._places[id(old)] for new, old in zip(examples, self.examples, strict=True)
+                        if id(old) in self._places}
+        self.adapter, self.examples = adapter, examples
+        return True
+
+    def hold(self, batch: Sequence[Encoded]) -> bool:
+        """Whether all these examples were added."""
+        return not self.full and all(id(example) in self._places for example in batch)
 
     @torch.no_grad()
     def add(
         self, batch: Sequence[Encoded], past: Past, lengths: Sequence[int], ids: torch.Tensor, positions: torch.Tensor
     ) -> None:
-        """Run each example's tail through the layers below `first`, on top of its past, and keep what comes out.
+        """Run each example's tail through the layers below the adapter's, on top of its past, and keep what comes out.
 
         `ids` and `positions` are `[rows, longest tail]`, filled at the right; a row's tail has so many of `lengths`.
         """
         if self.full:
             return
-        with self.model.stopping_before(self.first) as reached, attention.over(past.states, past.lengths):
+        with self.model.stopping_before(self.adapter.first) as reached, attention.over(past.states, past.lengths):
             self.model.network.base_model(input_ids=ids, position_ids=positions, use_cache=False)
         for example, hidden, length in zip(batch, reached[0], lengths, strict=True):
             self._places[id(example)] = (self._file.seek(0, os.SEEK_END), length)

@@ -101,7 +101,12 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(self.training) / settings.batch_size)
         self.total = self.steps_per_epoch * settings.n_epochs
         self.trained_tokens = settings.n_epochs * sum(example.tokens for example in self.training)
-        self.entries = Entries(model, adapter.first, cache.folder and cache.folder.parent)
+        # The passes are the same whenever a job goes on or comes again, so that the results are the same to the bit;
+        # longest first, so that a pass's rows are about equally long.
+        self.passed = sorted([*training, *validation], key=lambda e: (e.prompt.start, e.tokens), reverse=True)
+        if cache.entries is None or not cache.entries.serve(adapter, self.passed):
+            cache.entries = Entries(model, adapter, cache.folder and cache.folder.parent, self.passed)
+        self.entries = cache.entries
 
     def run(self) -> Iterator[Prepared | Step | Epoch]:
         """Train to the end from wherever this trainer stands (the start, or a restored state)."""
@@ -165,18 +170,15 @@ class Trainer:
     # --- one step --------------------------------------------------------------------------
 
     def _prepare(self) -> Iterator[Prepared]:
-        """Fill the cache and the entries, longest first so that a pass's rows are about equally long.
-
-        The passes are the same whenever a job goes on, so that the results are the same to the bit.
-        """
-        examples = sorted([*self.training, *self.validation], key=lambda e: (e.prompt.start, e.tokens), reverse=True)
-        for begin in range(0, len(examples), AT_ONCE):
-            batch = examples[begin : begin + AT_ONCE]
-            past = self._past(batch)
-            tails = self._tails(batch, past)
-            ids, _, positions = tail_inputs(self.model, past, tails)
-            self.entries.add(batch, past, [len(tail) for tail in tails], ids, positions)
-            yield Prepared(min(begin + AT_ONCE, len(examples)), len(examples))
+        """Fill the cache and the entries with what they do not hold of the examples."""
+        for begin in range(0, len(self.passed), AT_ONCE):
+            batch = self.passed[begin : begin + AT_ONCE]
+            if not (self.entries.hold(batch) and self.cache.holds(self._cached(batch))):
+                past = self._past(batch)
+                tails = self._tails(batch, past)
+                ids, _, positions = tail_inputs(self.model, past, tails)
+                self.entries.add(batch, past, [len(tail) for tail in tails], ids, positions)
+            yield Prepared(min(begin + AT_ONCE, len(self.passed)), len(self.passed))
 
     def _order(self, epoch: int) -> list[list[Encoded]]:
         """The epoch's batches: shuffled by seed and epoch, examples of like length together."""
@@ -215,12 +217,12 @@ class Trainer:
                 for example, length in zip(batch, past.lengths, strict=True)]
 
     def _past(self, batch: Sequence[Encoded], first: int = 0) -> Past:
-        """The prompts' cached part, up to the adapter's start (nothing for plain LoRA), from layer `first` on."""
-        if not self.adapter.start.activated:
-            shape = self.model.shape
-            nothing = torch.zeros(shape.layers - first, 2, len(batch), shape.heads, 0, shape.width, dtype=shape.dtype)
-            return Past(nothing, [0] * len(batch), first=first)
-        return self.cache.fetch([example.prompt.ids[: example.prompt.start] for example in batch], first=first)[0]
+        """The prompts' cached part, from layer `first` on."""
+        return self.cache.fetch(self._cached(batch), first=first)[0]
+
+    def _cached(self, batch: Sequence[Encoded]) -> list[list[int]]:
+        """What the cache keeps of the prompts: all before the adapter's start, nothing for plain LoRA."""
+        return [example.prompt.ids[: example.prompt.start if self.adapter.start.activated else 0] for example in batch]
 
 
 def forward_tails(

@@ -161,6 +161,32 @@ def test_layers_below_the_adapter_run_once_for_each_example(
     assert own.evaluate(own.validation) == pytest.approx(kept, rel=1e-5) and passes
 
 
+def test_the_next_training_on_the_same_examples_works_out_nothing_again(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    base = model.load(llama_folder, torch.float32)
+    passes: list[int] = []
+    next(base.layers[0].children()).register_forward_hook(lambda *_: passes.append(1))
+    cache, made = PromptCache(base, tmp_path / "cache"), []
+
+    def run(name: str, seed: int = 7, count: int = 20) -> int:
+        passes.clear()
+        job = trainer(base, tmp_path, name=name, seed=seed)
+        job = train.Trainer(base, job.adapter, cache, job.training[:count], job.validation, job.settings)
+        list(job.run())
+        job.save(tmp_path / name)
+        made.append((tmp_path / name / adapters.WEIGHTS).read_bytes())
+        adapters.remove(base, job.adapter)
+        return len(passes)
+
+    assert run("first") and not run("again") and made[0] == made[1]
+    assert not run("seed", seed=8) and made[2] != made[0]
+    assert run("fewer", count=12) and run("more") and made[4] == made[0]
+    for file in (tmp_path / "cache").glob("*/*"):
+        file.unlink()
+    assert run("evicted") and made[5] == made[0]
+
+
 def test_prompts_that_begin_alike_are_computed_once(base: model.BaseModel, tmp_path: Path) -> None:
     cache = PromptCache(base, tmp_path)
     common = list(range(3, 3 + 2 * BLOCK))
