@@ -32,6 +32,9 @@ LEARNING_RATE = 2e-3  # at learning_rate_multiplier 1; chosen on validation post
 WARMUP = 0.1  # of all steps, from zero up to the full rate; then down to zero along a cosine
 CLIP = 1.0  # the gradient's largest norm
 AT_ONCE = 16  # prompts read between two looks at whether to stop
+# In one pass at most, so that memory stays flat however long examples are. For SmolLM2-135M:
+TOKENS = 8192  # read, of 23 kB each
+SCORED = 2048  # predicted, whose logits and their gradients are 600 kB each
 GLANCE = 32  # validation examples looked at ten times a run; all of them at the end of each epoch
 STATE = "training_state.safetensors"
 
@@ -134,8 +137,8 @@ class Trainer:
         loss, right, count = 0.0, 0, 0
         ordered = sorted(examples, key=lambda example: example.tokens)
         with torch.no_grad():
-            for begin in range(0, len(ordered), 32):
-                logits, targets = self._forward(ordered[begin : begin + 32])
+            for batch in _groups(ordered, 2 * AT_ONCE):
+                logits, targets = self._forward(batch)
                 loss += cross_entropy(logits, targets, reduction="sum").item()
                 right += int((logits.argmax(-1) == targets).sum())
                 count += len(targets)
@@ -171,14 +174,15 @@ class Trainer:
 
     def _prepare(self) -> Iterator[Prepared]:
         """Fill the cache and the entries with what they do not hold of the examples."""
-        for begin in range(0, len(self.passed), AT_ONCE):
-            batch = self.passed[begin : begin + AT_ONCE]
+        done = 0
+        for batch in _groups(self.passed, AT_ONCE):
             if not (self.entries.hold(batch) and self.cache.holds(self._cached(batch))):
                 past = self._past(batch)
                 tails = self._tails(batch, past)
                 ids, _, positions = tail_inputs(self.model, past, tails)
                 self.entries.add(batch, past, [len(tail) for tail in tails], ids, positions)
-            yield Prepared(min(begin + AT_ONCE, len(self.passed)), len(self.passed))
+            done += len(batch)
+            yield Prepared(done, len(self.passed))
 
     def _order(self, epoch: int) -> list[list[Encoded]]:
         """The epoch's batches: shuffled by seed and epoch, examples of like length together."""
@@ -196,13 +200,18 @@ class Trainer:
         pace = min(1.0, (self.step + 1) / max(1.0, WARMUP * self.total)) * 0.5 * (1 + math.cos(math.pi * done))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * pace
-        logits, targets = self._forward(batch)
-        loss = cross_entropy(logits, targets)
-        loss.backward()
+        count = sum(len(example.completion) for example in batch)
+        loss = accuracy = 0.0
+        for part in _groups(batch, len(batch)):
+            logits, targets = self._forward(part)
+            share = cross_entropy(logits, targets, reduction="sum") / count
+            share.backward()
+            loss += share.item()
+            accuracy += (logits.argmax(-1) == targets).sum().item() / count
         torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.item(), (logits.argmax(-1) == targets).float().mean().item()
+        return loss, accuracy
 
     def _forward(self, batch: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `[supervised tokens, vocabulary]` in float32, and the tokens they should predict."""
@@ -223,6 +232,19 @@ class Trainer:
     def _cached(self, batch: Sequence[Encoded]) -> list[list[int]]:
         """What the cache keeps of the prompts: all before the adapter's start, nothing for plain LoRA."""
         return [example.prompt.ids[: example.prompt.start if self.adapter.start.activated else 0] for example in batch]
+
+
+def _groups(examples: Sequence[Encoded], most: int) -> Iterator[list[Encoded]]:
+    """Examples in groups of at most so many, of `TOKENS` with padding, and of `SCORED`; one is a group in any case."""
+    group: list[Encoded] = []
+    for example in examples:
+        wider = [*group, example]
+        if group and (len(group) == most or max(e.tokens for e in wider) * len(wider) > TOKENS
+                      or sum(len(e.completion) for e in wider) > SCORED):
+            yield group
+            wider = [example]
+        group = wider
+    yield group
 
 
 def forward_tails(

@@ -187,6 +187,25 @@ def test_the_next_training_on_the_same_examples_works_out_nothing_again(
     assert run("evicted") and made[5] == made[0]
 
 
+@pytest.mark.parametrize("limit", ["TOKENS", "SCORED"])
+@pytest.mark.parametrize("activated", [True, False])
+def test_a_step_in_parts_is_the_same_step(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, activated: bool, limit: str
+) -> None:
+    def run() -> tuple[list[float], int]:
+        base = model.load(llama_folder, torch.float32)
+        passes: list[int] = []
+        base.layers[-1].register_forward_hook(lambda *_: passes.append(1))
+        happened = list(trainer(base, None, activated, rate=1.0).run())
+        assert {event.done for event in happened if isinstance(event, train.Prepared)} >= {len(posts())}
+        return [event.train_loss for event in happened if isinstance(event, train.Step)], len(passes)
+
+    losses, passes = run()
+    monkeypatch.setattr(train, limit, 1)  # each example by itself
+    parted, more = run()
+    assert parted == pytest.approx(losses, rel=1e-3) and more > 2 * passes
+
+
 def test_prompts_that_begin_alike_are_computed_once(base: model.BaseModel, tmp_path: Path) -> None:
     cache = PromptCache(base, tmp_path)
     common = list(range(3, 3 + 2 * BLOCK))
