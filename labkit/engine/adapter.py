@@ -91,15 +91,15 @@ def _add(model: BaseModel, config: LoraConfig, name: str, start: Start, digest: 
     first = next(number for number, layer in enumerate(model.layers)
                  if any(f".{name}." in path for path, _ in layer.named_parameters()))
     adapter = Adapter(name, start, digest, first)
-    for weight in parameters(model, adapter):
+    for weight in parameters(model, adapter).values():
         weight.data = weight.data.float()  # bfloat16 would round away most updates of a training
     return adapter
 
 
-def parameters(model: BaseModel, adapter: Adapter) -> list[torch.nn.Parameter]:
-    """The adapter's weights, the only ones that training changes, in a fixed order."""
+def parameters(model: BaseModel, adapter: Adapter) -> dict[str, torch.nn.Parameter]:
+    """The adapter's weights by name, the only ones that training changes, in a fixed order."""
     mark = f".{adapter.name}."
-    return [weight for name, weight in sorted(model.network.named_parameters()) if mark in name]
+    return {name: weight for name, weight in sorted(model.network.named_parameters()) if mark in name}
 
 
 @contextmanager

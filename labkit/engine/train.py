@@ -28,7 +28,8 @@ from labkit.engine.encode import Encoded
 from labkit.engine.entries import Entries
 from labkit.engine.model import BaseModel
 
-LEARNING_RATE = 2e-3  # at learning_rate_multiplier 1; chosen on validation posts, see README.md
+LEARNING_RATE = 2e-3  # of A, at learning_rate_multiplier 1; chosen on validation posts, see README.md
+RATIO = 4  # of B's rate to A's (LoRA+, arXiv 2402.12354); chosen likewise
 WARMUP = 0.1  # of all steps, from zero up to the full rate; then down to zero along a cosine
 CLIP = 1.0  # the gradient's largest norm
 AT_ONCE = 16  # prompts read between two looks at whether to stop
@@ -97,9 +98,11 @@ class Trainer:
     ) -> None:
         self.model, self.adapter, self.cache, self.settings = model, adapter, cache, settings
         self.training, self.validation = list(training), list(validation)
-        self.weights = adapters.parameters(model, adapter)
-        self.rate = LEARNING_RATE * settings.learning_rate_multiplier
-        self.optimizer = torch.optim.AdamW(self.weights, lr=self.rate, weight_decay=0.01, fused=True)
+        weights = adapters.parameters(model, adapter)
+        self.weights = list(weights.values())
+        self.optimizer = torch.optim.AdamW([
+            {"params": [weight for name, weight in weights.items() if part in name], "highest": LEARNING_RATE * ratio}
+            for part, ratio in ((".lora_A.", 1), (".lora_B.", RATIO))], weight_decay=0.01, fused=True)
         self.step = 0
         self.steps_per_epoch = math.ceil(len(self.training) / settings.batch_size)
         self.total = self.steps_per_epoch * settings.n_epochs
@@ -199,7 +202,7 @@ class Trainer:
         done = self.step / self.total
         pace = min(1.0, (self.step + 1) / max(1.0, WARMUP * self.total)) * 0.5 * (1 + math.cos(math.pi * done))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * pace
+            group["lr"] = group["highest"] * self.settings.learning_rate_multiplier * pace
         count = sum(len(example.completion) for example in batch)
         loss = accuracy = 0.0
         for part in _groups(batch, len(batch)):

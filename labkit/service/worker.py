@@ -34,7 +34,8 @@ from labkit.service.store import Row, Store
 if TYPE_CHECKING:
     from labkit.engine.cache import PromptCache
 
-BATCH_SIZE = 8  # "auto", or the number of examples if there are fewer; see engine/README.md
+# "auto": the smaller one for fewer than so many examples, which make too few steps; see engine/README.md.
+SMALL_BATCH, BATCH_SIZE, FEW = 8, 16, 200
 MULTIPLIER = 1.0  # "auto"
 IDLE_SECONDS = 60.0  # to wait for another job, with the model in memory
 DISK_FULL = 28  # exit code; the number of Linux's ENOSPC, but any would do
@@ -140,8 +141,8 @@ def validate(store: Store, row: Row) -> None:
 
 def resolve(wanted: Body, count: int) -> Body:
     """Hyperparameters with every "auto" replaced, for `count` training examples."""
-    auto = {"n_epochs": examples.auto_epochs(count), "batch_size": min(BATCH_SIZE, count),
-            "learning_rate_multiplier": MULTIPLIER}
+    batch_size = min(count, SMALL_BATCH if count < FEW else BATCH_SIZE)
+    auto = {"n_epochs": examples.auto_epochs(count), "batch_size": batch_size, "learning_rate_multiplier": MULTIPLIER}
     return {name: auto[name] if value == "auto" else value for name, value in wanted.items()}
 
 

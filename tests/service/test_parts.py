@@ -83,7 +83,8 @@ def test_auto_hyperparameters_follow_the_published_rule() -> None:
     auto = dict.fromkeys(("n_epochs", "batch_size", "learning_rate_multiplier"), "auto")
     assert worker.resolve(auto, 10) == {"n_epochs": 10, "batch_size": 8, "learning_rate_multiplier": 1.0}
     assert worker.resolve(auto, 5)["batch_size"] == 5 and worker.resolve(auto | {"n_epochs": 2}, 300)["n_epochs"] == 2
-    assert worker.resolve(auto, 300)["batch_size"] == 8
+    assert worker.resolve(auto, 199)["batch_size"] == 8
+    assert worker.resolve(auto, 200)["batch_size"] == 16
 
 
 def test_the_shipped_aliases_cover_openais_names(tmp_path: Path) -> None:
