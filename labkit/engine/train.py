@@ -30,7 +30,7 @@ from labkit.engine.model import BaseModel
 
 LEARNING_RATE = 2e-3  # of A, at learning_rate_multiplier 1; chosen on validation posts, see README.md
 RATIO = 4  # of B's rate to A's (LoRA+, arXiv 2402.12354); chosen likewise
-WARMUP = 0.1  # of all steps, from zero up to the full rate; then down to zero along a cosine
+WARMUP = 0.2  # of all steps, from zero up to the full rate; then down to zero along a cosine
 CLIP = 1.0  # the gradient's largest norm
 AT_ONCE = 16  # prompts read between two looks at whether to stop
 # In one pass at most, so that memory stays flat however long examples are. For SmolLM2-135M:

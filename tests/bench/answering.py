@@ -41,8 +41,11 @@ def classify(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
 
 
 def shots(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
-    """Requests that share eight examples, against the same without examples."""
-    posts = workload.older(72)
+    """Requests that share eight examples, against the same without: as many as the lab has held-out posts.
+
+    That the examples are read, once, is part of the time.
+    """
+    posts = workload.older(8 + 240)
     asked = [tokens.truncate(text.strip(), 128) + QUESTION for text in posts.text[8:]]
     shared = "".join(f"{tokens.truncate(text.strip(), 60)}{QUESTION} {label}.\n\n\n"
                      for text, label in zip(posts.text[:8], posts.label[:8], strict=True))
