@@ -5,11 +5,14 @@ their work on an example is the same in every epoch, and in every job of a sweep
 a temporary file, some kilobytes an example: memory stays flat however many there are.
 """
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from labkit.engine import attention
@@ -26,7 +29,8 @@ class Entries:
     """
 
     def __init__(self, model: BaseModel, adapter: Adapter, folder: Path | None, examples: Sequence[Encoded]) -> None:
-        self.model, self.adapter, self.examples = model, adapter, examples
+        self.model, self.adapter, self.digest = model, adapter, _digest(examples)
+        self._order = [id(example) for example in examples]
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, open as long as this object lives
@@ -35,13 +39,17 @@ class Entries:
         self.full = adapter.first == 0 or not model.enterable
 
     def serve(self, adapter: Adapter, examples: Sequence[Encoded]) -> bool:
-        """Go over to another training, if it has the same examples in the same order; whether it has."""
-        before, alike = self.adapter, examples == self.examples
-        if self.full or not alike or (before.first, before.start) != (adapter.first, adapter.start):
+        """Go over to another training, if it has the same examples in the same order; whether it has.
+
+        What is kept is found by the examples' id(): those of the training served last must stay alive meanwhile.
+        """
+        before = self.adapter.first, self.adapter.start, self.digest
+        if self.full or before != (adapter.first, adapter.start, _digest(examples)):
             return False
-        self._places = {id(new): self._places[id(old)] for new, old in zip(examples, self.examples, strict=True)
-                        if id(old) in self._places}
-        self.adapter, self.examples = adapter, examples
+        order = [id(example) for example in examples]
+        self._places = {new: self._places[old] for new, old in zip(order, self._order, strict=True)
+                        if old in self._places}
+        self.adapter, self._order = adapter, order
         return True
 
     def hold(self, batch: Sequence[Encoded]) -> bool:
@@ -65,12 +73,15 @@ class Entries:
             try:
                 self._file.write(hidden[:length].contiguous().view(torch.uint8).numpy().data)
                 self._file.flush()
-            except OSError:  # a full disk: what is kept saves time, and changes results by a rounding only
+            except OSError:  # a full disk: entries save time, and change results by a rounding only
                 self.full = True
+                self._places.clear()
+                with suppress(OSError):
+                    os.ftruncate(self._file.fileno(), 0)
                 return
 
     def of(self, batch: Sequence[Encoded]) -> torch.Tensor | None:
-        """What was kept of some examples, `[rows, longest tail, hidden width]`, zeros at the right; None if not all."""
+        """What was kept of examples, `[rows, longest tail, hidden width]`, zeros at the right; None if nothing is."""
         if self.full:
             return None
         places = [self._places[id(example)] for example in batch]
@@ -82,3 +93,13 @@ class Entries:
             kept = bytearray(self._file.read(count * hidden.shape[2] * hidden.itemsize))
             hidden[row, :count] = torch.frombuffer(kept, dtype=network.dtype).view(count, -1)
         return hidden
+
+
+def _digest(examples: Sequence[Encoded]) -> str:
+    """A hash of all tokens, of where each example's adapter and completion begin, and of the order."""
+    found = hashlib.sha256()
+    for example in examples:
+        ids = example.prompt.ids
+        found.update(np.array([example.prompt.start, len(ids), len(example.completion), *ids, *example.completion],
+                              dtype="<i8").tobytes())
+    return found.hexdigest()

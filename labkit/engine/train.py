@@ -30,12 +30,12 @@ from labkit.engine.model import BaseModel
 
 LEARNING_RATE = 2e-3  # of A, at learning_rate_multiplier 1; chosen on validation posts, see README.md
 RATIO = 4  # of B's rate to A's (LoRA+, arXiv 2402.12354); chosen likewise
-WARMUP = 0.2  # of all steps, from zero up to the full rate; then down to zero along a cosine
+WARMUP = 0.2  # of all steps: the rate rises from zero, times a cosine that falls to zero from the first step on
 CLIP = 1.0  # the gradient's largest norm
 AT_ONCE = 16  # prompts read between two looks at whether to stop
-# In one pass at most, so that memory stays flat however long examples are. For SmolLM2-135M:
-TOKENS = 8192  # read, of 23 kB each
-SCORED = 2048  # predicted, whose logits and their gradients are 600 kB each
+# In one pass at most, padding included, so that memory stays flat. For SmolLM2-135M:
+TOKENS = 8192  # of whole examples, whose keys and values take 23 kB each
+FRESH = 2048  # that pass through the network: a predicted one's logits and their gradients take 600 kB
 GLANCE = 32  # validation examples looked at ten times a run; all of them at the end of each epoch
 STATE = "training_state.safetensors"
 
@@ -140,11 +140,12 @@ class Trainer:
         loss, right, count = 0.0, 0, 0
         ordered = sorted(examples, key=lambda example: example.tokens)
         with torch.no_grad():
-            for batch in _groups(ordered, 2 * AT_ONCE):
+            for batch in self._groups(ordered, 2 * AT_ONCE):
                 logits, targets = self._forward(batch)
                 loss += cross_entropy(logits, targets, reduction="sum").item()
                 right += int((logits.argmax(-1) == targets).sum())
                 count += len(targets)
+                del logits  # or they would stay beside the next ones
         return loss / count, right / count
 
     def save(self, folder: Path) -> None:
@@ -178,12 +179,14 @@ class Trainer:
     def _prepare(self) -> Iterator[Prepared]:
         """Fill the cache and the entries with what they do not hold of the examples."""
         done = 0
-        for batch in _groups(self.passed, AT_ONCE):
-            if not (self.entries.hold(batch) and self.cache.holds(self._cached(batch))):
+        for batch in self._groups(self.passed, AT_ONCE):
+            held = self.entries.hold(batch)
+            if not (held and self.cache.holds(self._cached(batch))):
                 past = self._past(batch)
-                tails = self._tails(batch, past)
-                ids, _, positions = tail_inputs(self.model, past, tails)
-                self.entries.add(batch, past, [len(tail) for tail in tails], ids, positions)
+                if not held:
+                    tails = self._tails(batch, past)
+                    ids, _, positions = tail_inputs(self.model, past, tails)
+                    self.entries.add(batch, past, [len(tail) for tail in tails], ids, positions)
             done += len(batch)
             yield Prepared(done, len(self.passed))
 
@@ -205,16 +208,31 @@ class Trainer:
             group["lr"] = group["highest"] * self.settings.learning_rate_multiplier * pace
         count = sum(len(example.completion) for example in batch)
         loss = accuracy = 0.0
-        for part in _groups(batch, len(batch)):
+        for part in self._groups(batch, len(batch)):
             logits, targets = self._forward(part)
             share = cross_entropy(logits, targets, reduction="sum") / count
             share.backward()
             loss += share.item()
             accuracy += (logits.argmax(-1) == targets).sum().item() / count
+            del logits, share
         torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, accuracy
+
+    def _groups(self, examples: Sequence[Encoded], most: int) -> Iterator[list[Encoded]]:
+        """Examples in groups of at most so many, of `TOKENS` and of `FRESH`; a larger one is a group by itself."""
+        group: list[Encoded] = []
+        for example in examples:
+            wider = [*group, example]
+            whole = max(e.tokens for e in wider) * len(wider)
+            fresh = max(e.tokens - self._kept(e) for e in wider) * len(wider)
+            if group and (len(group) == most or whole > TOKENS or fresh > FRESH):
+                yield group
+                wider = [example]
+            group = wider
+        if group:
+            yield group
 
     def _forward(self, batch: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `[supervised tokens, vocabulary]` in float32, and the tokens they should predict."""
@@ -233,21 +251,12 @@ class Trainer:
         return self.cache.fetch(self._cached(batch), first=first)[0]
 
     def _cached(self, batch: Sequence[Encoded]) -> list[list[int]]:
-        """What the cache keeps of the prompts: all before the adapter's start, nothing for plain LoRA."""
-        return [example.prompt.ids[: example.prompt.start if self.adapter.start.activated else 0] for example in batch]
+        """What the cache keeps of the prompts."""
+        return [example.prompt.ids[: self._kept(example)] for example in batch]
 
-
-def _groups(examples: Sequence[Encoded], most: int) -> Iterator[list[Encoded]]:
-    """Examples in groups of at most so many, of `TOKENS` with padding, and of `SCORED`; one is a group in any case."""
-    group: list[Encoded] = []
-    for example in examples:
-        wider = [*group, example]
-        if group and (len(group) == most or max(e.tokens for e in wider) * len(wider) > TOKENS
-                      or sum(len(e.completion) for e in wider) > SCORED):
-            yield group
-            wider = [example]
-        group = wider
-    yield group
+    def _kept(self, example: Encoded) -> int:
+        """How many tokens the cache keeps: all before the adapter's start, none for plain LoRA."""
+        return example.prompt.start if self.adapter.start.activated else 0
 
 
 def forward_tails(

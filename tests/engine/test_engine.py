@@ -1,7 +1,10 @@
 """What makes the engine true: cached and uncached agree, the base stays frozen, seeds decide, loss falls."""
 
+import errno
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -187,7 +190,32 @@ def test_the_next_training_on_the_same_examples_works_out_nothing_again(
     assert run("evicted") and made[5] == made[0]
 
 
-@pytest.mark.parametrize("limit", ["TOKENS", "SCORED"])
+def test_what_is_kept_of_examples_leaves_a_full_disk(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = trainer(model.load(llama_folder, torch.float32), tmp_path)
+    file, written = job.entries._file, []
+
+    class Filling:
+        """A file on a disk that has room for three examples."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(file, name)
+
+        def write(self, data: memoryview) -> int:
+            if len(written) == 3:
+                raise OSError(errno.ENOSPC, "no space")
+            written.append(data)
+            return file.write(data)
+
+    monkeypatch.setattr(job.entries, "_file", Filling())
+    losses = [event.train_loss for event in job.run() if isinstance(event, train.Step)]
+    assert job.entries.full and os.fstat(file.fileno()).st_size == 0
+    undisturbed = trainer(model.load(llama_folder, torch.float32), tmp_path)
+    assert losses == pytest.approx([e.train_loss for e in undisturbed.run() if isinstance(e, train.Step)], rel=1e-3)
+
+
+@pytest.mark.parametrize("limit", ["TOKENS", "FRESH"])
 @pytest.mark.parametrize("activated", [True, False])
 def test_a_step_in_parts_is_the_same_step(
     llama_folder: Path, monkeypatch: pytest.MonkeyPatch, activated: bool, limit: str
