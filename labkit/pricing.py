@@ -28,7 +28,7 @@ Day = date | str | None  # a date, "YYYY-MM-DD", or None for today
 SHOTS = 4  # examples in a few-shot prompt, as in the lab
 CACHE_MINIMUM = 1024  # tokens; shorter prompts get no cached price (docs.litellm.ai, prompt caching, October 2026)
 # The local service's own cost. One forward pass over the prompts takes 2 floating-point operations a parameter and
-# token; the adapter's steps cost about 6 GFLOP an example and epoch (README of the engine: 0.08 to 0.11 s
+# token; the adapter's steps cost about 6 GFLOP an example and epoch (README of the engine: 0.07 to 0.1 s
 # a step of 16 examples at 950 GFLOPS). Within a factor of two on other machines.
 PARAMETERS, STEP_FLOP = 135e6, 6e9
 WATTS = 45.0  # assumption: a laptop at full load, the thermal design power of common laptop processors
