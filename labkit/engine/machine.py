@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from labkit.engine import packed
 from labkit.errors import LabkitError
 
 FLOPS = 2 * 512 * 576 * 1536  # operations of the product that is timed, as large as one of SmolLM2's layers
-SECONDS = 0.15  # to time it in each format and form, and with each number of threads
+SECONDS = 0.05  # of a core, to time it in each format and form, and with each number of threads
 AVAILABLE = torch.get_num_threads()  # threads, by torch's own choice: one for each core, or OMP_NUM_THREADS
 SPARE = 0.95  # fewer are taken only if they need less than this share of the time
 QUIET = 0.9  # of the time a lone thread must have had a core, or the machine was too busy to be measured
@@ -94,26 +94,34 @@ def _quickest_threads(dtype: str) -> int:
 
 
 def _product_seconds(dtype: str, threads: int) -> tuple[float, float]:
-    """The best time of several products, with plain weights and with packed ones (infinite if there is no such way)."""
+    """The best time of several products, with plain weights and with packed ones (infinite if there is no such way).
+
+    In turn, so that both have the same luck, until this thread has had a core for `SECONDS` each:
+    a worker gives way to other programs, and may wait that long in the midst of its first product.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     left, right = (torch.ones(size, dtype=getattr(torch, dtype)) for size in ((512, 576), (1536, 576)))
+    ways: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(left, right)]
     try:
-        plain = _best_seconds(lambda: torch.nn.functional.linear(left, right))
         ordered = packed.pack(right)
-        return plain, _best_seconds(lambda: packed.product(left, ordered))
+        packed.product(left, ordered)
+        ways.append(lambda: packed.product(left, ordered))
     except (AttributeError, RuntimeError):  # this processor or platform has none
-        return plain, float("inf")
+        pass
+    try:
+        plain, *others = _best_seconds(ways)
+        return plain, others[0] if others else float("inf")
     finally:
         torch.set_num_threads(before)
 
 
-def _best_seconds(work: Callable[[], object]) -> float:
-    best, end = float("inf"), time.perf_counter() + SECONDS
+def _best_seconds(ways: Sequence[Callable[[], object]]) -> list[float]:
+    best, end = [float("inf")] * len(ways), time.thread_time() + SECONDS * len(ways)
     while True:
-        begin = time.perf_counter()
-        work()
-        now = time.perf_counter()
-        best = min(best, now - begin)
-        if now > end:
+        for number, work in enumerate(ways):
+            begin = time.perf_counter()
+            work()
+            best[number] = min(best[number], time.perf_counter() - begin)
+        if time.thread_time() > end:
             return best

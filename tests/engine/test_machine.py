@@ -39,6 +39,17 @@ def test_a_busy_machine_is_measured_again_later(note: Path, monkeypatch: pytest.
     assert machine.measured()["quiet"]
 
 
+def test_a_wait_for_a_core_is_not_taken_for_a_slow_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "SECONDS", 0.01)
+    waits = iter([0.2])  # longer than all is measured, but in the first try alone
+
+    def kept_waiting() -> None:
+        time.sleep(next(waits, 0.0))
+
+    first, second = machine._best_seconds([kept_waiting, lambda: sum(range(1000))])
+    assert first < 0.2 and second < 0.2
+
+
 @pytest.mark.parametrize(("seconds", "threads"), [
     ({8: 1.0, 6: 0.9, 4: 0.5, 2: 0.8}, 4),  # four quick cores beside four slow ones
     ({8: 1.0, 6: 0.97, 4: 0.96, 2: 1.5}, 8),  # within the noise
