@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,19 +21,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "labkit"
-PROBED = 8  # keys looked at for the highest score: a text's first tokens draw most attention (arXiv 2309.17453)
 FEW = 16  # fresh tokens to which the past is not joined: a copy costs more then, and gradients run through it
 PIECE = 64  # queries at a time
+SAFE = 1e30  # a sum of exp(score) between this and its inverse lost nothing; float32 and bfloat16 end at 3e38
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What the prompts of some `rows` begin with: keys and values `[layers, 2, heads, tokens, width + 1]`.
-
-    The last column holds ones: it lets a matrix product of keys take away each position's
-    reference from its scores, and one of values add up the weights.
-    """
+    """What the prompts of some `rows` begin with: keys and values `[layers, 2, heads, tokens, width]`."""
 
     states: torch.Tensor
     rows: list[int]
@@ -155,57 +152,53 @@ def _attend(
     if hidden is not None:
         scores[0][..., : hidden.shape[-1]].masked_fill_(hidden, -torch.inf)
     scores[-1][..., -count:].add_(later)
-    values = [values for _, values in own]
-    if shared:
-        mixed = _with_shared(folded, list(zip(scores, values, strict=True)), shared)
-    elif len(own) == 1:
-        mixed = scores[0].softmax(-1) @ values[0]
-    else:
-        weights = torch.cat(scores, dim=-1).softmax(-1)
-        before = values[0].shape[2]
-        mixed = weights[..., :before] @ values[0] + weights[..., before:] @ values[1]
+    parts = [(found, values) for found, (_, values) in zip(scores, own, strict=True)]
+    mixed = _with_shared(folded, parts, shared) if shared else None
+    if mixed is None:
+        parts = [*_spread(folded, shared), *parts]
+        scores = [found for found, _ in parts]
+        weights = (torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]).softmax(-1)
+        pieces = weights.split([found.shape[-1] for found in scores], dim=-1)
+        mixed = reduce(torch.add, (piece @ values for piece, (_, values) in zip(pieces, parts, strict=True)))
     return mixed.view(rows, heads, count, width)
 
 
 def _with_shared(
     query: torch.Tensor, own: list[KeysValues], shared: list[tuple[torch.Tensor, list[int]]]
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """Attention over each row's `own` scores and values, and over what some rows share.
 
     `query` is `[rows, key heads, n, width]`, as the result; scores and values are `[rows, key heads, n,
-    tokens]` and `[rows, key heads, tokens, width]`; what is shared is `[2, key heads, tokens, width + 1]`.
+    tokens]` and `[rows, key heads, tokens, width]`; what is shared is `[2, key heads, tokens, width]`.
+    Scores enter exp as they are, which saves a pass over them; None if one was too high or all too low for that.
     """
-    rows, heads, count, width = query.shape
-    together = [(query if len(members) == rows else query[members]).transpose(0, 1).reshape(heads, -1, width)
-                for _, members in shared]
-    every = sum(len(members) for _, members in shared) == rows
-    for probed in (PROBED, None):  # all keys only if a score was higher by 88, and exp left its range
-        peak = torch.full((rows, heads, count, 1), -torch.inf, dtype=query.dtype)
-        if not every or probed is None:
-            peak = torch.cat([scores.amax(-1, keepdim=True) for scores, _ in own if scores.shape[-1]], dim=-1)
-            peak = peak.amax(-1, keepdim=True)
-        for folded, (states, members) in zip(together, shared, strict=True):
-            highest = (folded @ states[0, :, :probed, :width].transpose(1, 2)).amax(-1, keepdim=True)
-            peak[members] = peak[members].maximum(_unfolded(highest, len(members)))
-        total = torch.zeros(rows, heads, count, width + 1, dtype=query.dtype)
-        for scores, values in own:
-            total += (scores - peak).exp_() @ torch.nn.functional.pad(values, (0, 1), value=1.0)
-        for folded, (states, members) in zip(together, shared, strict=True):
-            reference = peak[members].transpose(0, 1).reshape(heads, -1, 1)
-            weights = (torch.cat([folded, -reference], dim=-1) @ states[0].transpose(1, 2)).exp_()
-            sums = _unfolded(weights @ states[1], len(members))
-            if len(members) == rows:
-                total += sums
+    rows, heads, _, width = query.shape
+    mixed, total = torch.zeros_like(query), torch.zeros_like(query[..., :1])
+    for scores, values in own:
+        weights = scores.exp()
+        mixed += weights @ values
+        total += weights.sum(-1, keepdim=True)
+    for (keys, values), members in shared:
+        every = len(members) == rows
+        folded = (query if every else query[members]).transpose(0, 1).reshape(heads, -1, width)
+        weights = (folded @ keys.transpose(1, 2)).exp_()
+        for sums, part in ((mixed, weights @ values), (total, weights.sum(-1, keepdim=True))):
+            part = part.view(heads, len(members), -1, part.shape[-1]).transpose(0, 1)
+            if every:
+                sums += part
             else:
-                total[members] += sums
-        if total[..., width].isfinite().all():
-            break
-    return total[..., :width] / total[..., width:]
+                sums[members] += part
+    least, most = total.aminmax()
+    return mixed / total if least > 1 / SAFE and most < SAFE else None  # and None for NaN
 
 
-def _unfolded(sums: torch.Tensor, rows: int) -> torch.Tensor:
-    """`[key heads, rows * n, …]` as `[rows, key heads, n, …]`."""
-    return sums.view(sums.shape[0], rows, -1, sums.shape[-1]).transpose(0, 1)
+def _spread(query: torch.Tensor, shared: list[tuple[torch.Tensor, list[int]]]) -> Iterator[KeysValues]:
+    """What some rows share as scores and values of every row; the scores of other rows take them away."""
+    rows, heads, count, _ = query.shape
+    for (keys, values), members in shared:
+        scores = torch.full((rows, heads, count, keys.shape[1]), -torch.inf, dtype=query.dtype)
+        scores[members] = query[members] @ keys.transpose(1, 2)
+        yield scores, values.expand(rows, -1, -1, -1)
 
 
 AttentionInterface.register(NAME, attend)

@@ -233,7 +233,7 @@ class PromptCache:
         if name not in self._beginnings:
             whole = torch.cat([held[block.name] for block in blocks], dim=3)
             ids = tuple(id for block in blocks for id in block.ids)
-            self._beginnings[name] = ids, torch.nn.functional.pad(whole, (0, 1), value=1.0)
+            self._beginnings[name] = ids, whole
             if len(self._beginnings) > BEGINNINGS:
                 self._beginnings.popitem(last=False)
         self._beginnings.move_to_end(name)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from labkit.engine import adapter as adapters
-from labkit.engine import encode, generate, model, train
+from labkit.engine import attention, encode, generate, model, train
 from labkit.engine.cache import PromptCache
 from labkit.engine.layout import BLOCK
 from labkit.examples import Chat, Completion, auto_epochs, check
@@ -263,6 +263,24 @@ def test_prompts_read_together_are_what_the_network_makes_of_each(base: model.Ba
         torch.testing.assert_close(past.states[:, 0, row, :, past.states.shape[4] - own :],
                                    keys[:, :, len(prompt) - 1 - own : -1], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(past.ahead[1][row], whole.logits[0, -1], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1, 50, -50])
+def test_attention_over_what_rows_share_holds_for_scores_beyond_the_range_of_exp(scale: float) -> None:
+    """At 50 scores are near 200 and exp would be infinite; at -50 some positions' weights would all be zero."""
+    chance = torch.Generator().manual_seed(0)
+    shared = torch.rand(2, 3, 20, 16, generator=chance)
+    keys, values = torch.rand(2, 4, 3, 7, 16, generator=chance)
+    query = torch.rand(4, 6, 2, 16, generator=chance) * scale
+    later = torch.full((2, 2), -torch.inf).triu(1)
+    members = [0, 2, 3]
+    found = attention._attend(query, [(keys, values)], None, later.repeat(2, 1), [(shared, members)])
+    for row in range(4):
+        before = shared if row in members else shared[:, :, :0]
+        own, worth = (torch.cat(both, dim=1) for both in ((before[0], keys[row]), (before[1], values[row])))
+        scores = query[row] @ own.repeat_interleave(2, 0).transpose(1, 2)
+        scores[..., -2:] += later
+        torch.testing.assert_close(found[row], scores.softmax(-1) @ worth.repeat_interleave(2, 0))
 
 
 def test_what_prompts_share_is_read_once_to_the_last_token(llama: model.BaseModel) -> None:
