@@ -17,7 +17,6 @@ from openai.types.fine_tuning import FineTuningJob
 
 from labkit import paths
 from labkit.client.connect import stop_service
-from tests import tiny
 
 BASE_NAME = "tiny-llama"
 START = ("from pathlib import Path; import sys; from labkit.service.run import serve; "
@@ -34,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
         own.mkdir(parents=True, exist_ok=True)
         (own / "assets").symlink_to(HOME / "assets", target_is_directory=True)
         os.environ["LABKIT_HOME"] = str(own)
+        assert "torch" not in sys.modules, "torch looks at OMP_NUM_THREADS when it is loaded"
         os.environ["OMP_NUM_THREADS"] = "1"  # the processes share the cores
     else:
         os.environ["LABKIT_HOME"] = str(HOME)
@@ -160,6 +160,8 @@ def supervised(**hyperparameters: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests import tiny  # loads torch, which pytest_configure must precede
+
     return tiny.make(tmp_path_factory.mktemp("base") / "llama")
 
 
