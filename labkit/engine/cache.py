@@ -11,6 +11,7 @@ before them: what a file holds depends on the tokens alone, not on what was comp
 For answers, where a rounding may differ, whole prompts are read in one pass, several together.
 """
 
+import mmap
 import os
 import zlib
 from collections import OrderedDict
@@ -20,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import DynamicCache
 
@@ -276,17 +276,18 @@ class PromptCache:
         path, shape = self._path(block.name), self.model.shape
         size = len(block.ids) * shape.bytes_per_token
         try:
-            if path.stat().st_size != size + TRAILER:
-                return None
-            raw = np.memmap(path, dtype=np.uint8, mode="c", shape=(size + TRAILER,))
+            with open(path, "rb") as handle:
+                raw = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants what could be written
             os.utime(path)  # the oldest are evicted first
-        except OSError:
+        except (OSError, ValueError):  # no such file, or an empty one
+            return None
+        if len(raw) != size + TRAILER:
             return None
         if block.name not in self._verified:  # a crash of the machine can leave a file of zeros
-            if zlib.crc32(raw[:size].data) != int.from_bytes(raw[size:].tobytes(), "little"):
+            if zlib.crc32(memoryview(raw)[:size]) != int.from_bytes(raw[size:], "little"):
                 return None
             self._verified.add(block.name)
-        states = torch.from_numpy(raw[:size]).view(shape.dtype)
+        states = torch.frombuffer(raw, dtype=shape.dtype, count=size // shape.dtype.itemsize)
         return states.view(shape.layers, 2, shape.heads, len(block.ids), shape.width)
 
     def _write(self, block: Block, states: torch.Tensor) -> None:
