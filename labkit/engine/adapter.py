@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft import get_peft_model_state_dict as adapter_state
 from peft import set_peft_model_state_dict as set_adapter_state
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -28,7 +27,9 @@ from safetensors.torch import save as to_bytes
 from transformers.pytorch_utils import Conv1D
 
 from labkit import paths
+from labkit.engine.lora import PackedLora
 from labkit.engine.model import BaseModel
+from labkit.engine.packed import Packed
 from labkit.errors import LabkitError
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before the name of every weight in a file
@@ -86,6 +87,7 @@ def create(model: BaseModel, name: str, start: Start, rank: int = 16, seed: int 
 
 def _add(model: BaseModel, config: LoraConfig, name: str, start: Start, digest: str) -> Adapter:
     """Put an adapter into the network; it is then the active one."""
+    config._register_custom_module({Packed: PackedLora})  # PEFT's way to choose a layer for a kind of map
     model.network.add_adapter(config, name)
     _switch(model, name)  # adding enables no adapters if they were disabled
     first = next(number for number, layer in enumerate(model.layers)
@@ -100,6 +102,12 @@ def parameters(model: BaseModel, adapter: Adapter) -> dict[str, torch.nn.Paramet
     """The adapter's weights by name, the only ones that training changes, in a fixed order."""
     mark = f".{adapter.name}."
     return {name: weight for name, weight in sorted(model.network.named_parameters()) if mark in name}
+
+
+def _state(model: BaseModel, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The same by the names that they have in files; PEFT's own function looks at all of the network's weights."""
+    return {name.replace(f".{adapter.name}.", "."): weight.detach()
+            for name, weight in parameters(model, adapter).items()}
 
 
 @contextmanager
@@ -123,8 +131,7 @@ def _switch(model: BaseModel, name: str | None) -> None:
 def save(model: BaseModel, adapter: Adapter, folder: Path) -> None:
     """Write the adapter into `folder` in PEFT's format, with a note of where it starts."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = adapter_state(model.network, adapter_name=adapter.name)
-    weights = {PEFT_PREFIX + key: value.contiguous() for key, value in state.items()}
+    weights = {PEFT_PREFIX + name: weight for name, weight in _state(model, adapter).items()}
     # Written here, not by safetensors, whose error on a full disk is no `OSError`.
     paths.write_bytes(folder / WEIGHTS, to_bytes(weights, {"format": "pt"}))
     config = replace(model.network.peft_config[adapter.name], inference_mode=True)
@@ -157,7 +164,7 @@ def initialise(model: BaseModel, adapter: Adapter, folder: Path) -> None:
     Raises `LabkitError` as `load` does, and where sizes or layers differ.
     """
     weights = _read(model, folder)[2]
-    fresh = adapter_state(model.network, adapter_name=adapter.name)
+    fresh = _state(model, adapter)
     if {key: value.shape for key, value in weights.items()} != {key: value.shape for key, value in fresh.items()}:
         raise LabkitError(f"The adapter in {folder} has another rank or other layers than the one to train; leave "
                           "labkit.rank out, and train a model of an earlier version of labkit anew.")

@@ -24,6 +24,10 @@ class Packed(torch.nn.Linear):
         """The same as `torch.nn.Linear`, within rounding."""
         if torch.is_grad_enabled() and input.requires_grad:
             return _Differentiable.apply(input, self)
+        return self.product(input)
+
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        """The result alone, without a way back for gradients."""
         return product(input, self._ordered, self.bias)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -37,7 +41,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, input: torch.Tensor, linear: Packed) -> torch.Tensor:
         context.linear = linear
-        return product(input, linear._ordered, linear.bias)
+        return linear.product(input)
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
 
-from labkit.engine import machine, model, packed
+from labkit.engine import adapter, machine, model, packed
+from labkit.engine.lora import PackedLora
 from labkit.engine.packed import Packed
 from tests import tiny
 
@@ -31,6 +34,27 @@ def test_results_and_gradients_are_those_of_a_plain_linear_map(shape: tuple[int,
         torch.testing.assert_close(Packed(plain)(values), expected, rtol=1e-5, atol=1e-5)
 
 
+@needs_onednn
+@pytest.mark.parametrize("constant", [True, False])
+def test_lora_over_packed_weights_is_pefts(constant: bool) -> None:
+    """Results and all gradients; `constant` is the input of the first layer with an adapter, which needs none."""
+    torch.manual_seed(0)
+    layer = PackedLora(Packed(torch.nn.Linear(48, 80).requires_grad_(False)), "own", LoraConfig(), r=4, lora_alpha=8)
+    torch.nn.init.normal_(layer.lora_B["own"].weight)
+    values = torch.randn(3, 7, 48)
+    found = []
+    for forward in (Linear.forward, PackedLora.forward):
+        here = values.clone().requires_grad_(not constant)
+        result = forward(layer, here)
+        (result * result).sum().backward()
+        weights = [layer.lora_A["own"].weight, layer.lora_B["own"].weight]
+        found.append([result, *([] if constant else [here.grad]), *(weight.grad.clone() for weight in weights)])
+        layer.zero_grad()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(values), layer.base_layer(values))
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LABKIT_HOME", str(tmp_path / "home"))
@@ -45,6 +69,9 @@ def test_the_quicker_form_is_measured_and_installed(home: Path, monkeypatch: pyt
     linear = [part for part in loaded.network.modules() if isinstance(part, torch.nn.Linear)]
     assert linear and all(isinstance(part, Packed) for part in linear)
     assert loaded.network.get_output_embeddings() in linear
+    adapter.create(loaded, "own", adapter.Start(activated=False))
+    adapted = [part for part in loaded.network.modules() if isinstance(part, Linear)]
+    assert adapted and all(type(part) is PackedLora for part in adapted)
 
 
 def test_weights_stay_plain_where_they_cannot_be_packed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
