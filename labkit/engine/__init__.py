@@ -2,7 +2,9 @@
 
     machine.py    the number format this machine is quick in, and the form of weights
     packed.py     linear maps with weights in the order in which they are multiplied
+    attention.py  of fresh tokens over a past that is constant, or that several prompts share
     model.py      the base model and its tokenizer
+    lora.py       an adapter's work over packed weights, in one step forward and one back
     adapter.py    LoRA and activated LoRA through PEFT: make, switch, save, load
     encode.py     examples and prompts -> token ids, and where the adapter starts
     layout.py     prompts in named blocks, and which of them are read or attended over together
@@ -10,4 +12,5 @@
     entries.py    what enters an adapter's first layer, worked out once for each example
     train.py      the training loop, as a generator of metrics
     generate.py   batched inference with log-probabilities
+    embed.py      the base model's hidden states as embeddings
 """

@@ -123,7 +123,7 @@ def llama(prompt: str, count: int, runs: int) -> dict[str, Any]:
 
 def trl(folder: str, dtype: str, rows: list[dict[str, Any]], held_out: list[dict[str, str]],
         epochs: int, steps: int, defaults: bool) -> dict[str, Any]:
-    """SFTTrainer with PEFT's LoRA, r=16 on all linear layers; `steps` > 0 stops after so many, to be timed only.
+    """SFTTrainer with PEFT's LoRA, r=8 on all linear layers; `steps` > 0 stops after so many, to be timed only.
 
     `defaults` leaves gradient checkpointing on, as the trainer does; without it training is quicker.
     Seconds are a step's median times all steps when stopped early, else the whole `train()`.
@@ -149,7 +149,7 @@ def trl(folder: str, dtype: str, rows: list[dict[str, Any]], held_out: list[dict
         clock = Clock()
         trainer = SFTTrainer(model=network, args=config, train_dataset=Dataset.from_list(rows), callbacks=[clock],
                              processing_class=tokenizer,
-                             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+                             peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
         spent = _seconds(trainer.train)
     total = epochs * -(-len(rows) // BATCH)
     if steps:
