@@ -32,7 +32,7 @@ def trained(service: RunningService) -> str:
     own = service.client
     job = own.fine_tuning.jobs.create(
         model=BASE_NAME, training_file=upload(own, posts(80)), validation_file=upload(own, posts(20)), seed=1,
-        method=supervised(n_epochs=4, batch_size=8, learning_rate_multiplier=20.0))
+        method=supervised(n_epochs=4, batch_size=8, learning_rate_multiplier=4.0))
     return labkit.watch(job, own).id
 
 

@@ -40,7 +40,7 @@ def table(count: int, start: int = 0) -> pd.DataFrame:
 
 TRAIN, VALID = table(40), table(12, start=100)
 LABELS = ["baseball", "hockey"]
-GRID: dict[str, Any] = {"n_epochs": [1, 2], "batch_size": [8], "learning_rate_multiplier": [20.0]}
+GRID: dict[str, Any] = {"n_epochs": [1, 2], "batch_size": [8], "learning_rate_multiplier": [4.0]}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def tuned(client: openai.OpenAI) -> str:
     job = client.fine_tuning.jobs.create(
         model=BASE_NAME, training_file=upload(client, jsonl(rows)), seed=1,
         validation_file=upload(client, jsonl(VALID[["prompt", "completion"]].to_dict("records"))),
-        method=supervised(n_epochs=4, batch_size=8, learning_rate_multiplier=20.0))
+        method=supervised(n_epochs=4, batch_size=8, learning_rate_multiplier=4.0))
     return labkit.watch(job, client).id
 
 
@@ -148,7 +148,7 @@ def test_a_sweep_runs_its_plan_records_it_and_is_not_repeated(service: RunningSe
 
 def test_data_is_compared_like_any_setting_and_failures_become_rows(client: openai.OpenAI) -> None:
     data = {"as it is": TRAIN, "balanced": TRAIN.head(30)}
-    plan = labkit.plan(data, VALID, n_epochs=[1], learning_rate_multiplier=[20.0], rank=[4])
+    plan = labkit.plan(data, VALID, n_epochs=[1], learning_rate_multiplier=[4.0], rank=[4])
     results = labkit.sweep(client, plan, data, VALID, LABELS, base=BASE_NAME)
     assert results.data.tolist() == ["as it is", "balanced"] and results.examples.tolist() == [40, 30]
     assert results["rank"].tolist() == [4, 4]
@@ -180,7 +180,7 @@ def test_early_stopping_cancels_a_job_that_gets_no_better(client: openai.OpenAI)
     job = client.fine_tuning.jobs.create(
         model=BASE_NAME, training_file=upload(client, jsonl(rows)), seed=1,
         validation_file=upload(client, jsonl(turned[["prompt", "completion"]].to_dict("records"))),
-        method=supervised(n_epochs=50, batch_size=4, learning_rate_multiplier=50.0))
+        method=supervised(n_epochs=50, batch_size=4, learning_rate_multiplier=10.0))
     best = iterate.stop_early(job, client)
     ended = client.fine_tuning.jobs.retrieve(job.id)
     assert ended.status == "cancelled" and best.valid_loss > 0

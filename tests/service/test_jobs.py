@@ -13,7 +13,7 @@ from openai.types.fine_tuning import FineTuningJob
 from tests.conftest import RunningService, chats, finished, jsonl, posts, supervised, upload, wait_until
 
 BASE = "tiny-llama"
-FAST = supervised(n_epochs=5, batch_size=8, learning_rate_multiplier=10)
+FAST = supervised(n_epochs=5, batch_size=8, learning_rate_multiplier=4)
 LONG = supervised(n_epochs=50, batch_size=4)
 
 
@@ -50,7 +50,7 @@ def test_a_job_tells_what_it_did(client: openai.OpenAI, trained: FineTuningJob) 
     assert name and name.startswith("ft:gpt-4o-mini-2024-07-18:local:my-lab:") and len(name.rsplit(":", 1)[1]) == 8
     assert (trained.organization_id, trained.seed, trained.metadata) == ("local", 3, {"course": "lab"})
     settings = trained.hyperparameters
-    assert (settings.n_epochs, settings.batch_size, settings.learning_rate_multiplier) == (5, 8, 10)
+    assert (settings.n_epochs, settings.batch_size, settings.learning_rate_multiplier) == (5, 8, 4)
     assert trained.method and trained.method.supervised and trained.method.supervised.hyperparameters
     assert trained.method.supervised.hyperparameters.n_epochs == 5
     assert trained.trained_tokens and trained.trained_tokens % 5 == 0 and trained.finished_at and not trained.error
