@@ -5,6 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -103,12 +104,10 @@ def _product_seconds(dtype: str, threads: int) -> tuple[float, float]:
     torch.set_num_threads(threads)
     left, right = (torch.ones(size, dtype=getattr(torch, dtype)) for size in ((512, 576), (1536, 576)))
     ways: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(left, right)]
-    try:
+    with suppress(AttributeError, RuntimeError):  # this processor or platform has none
         ordered = packed.pack(right)
         packed.product(left, ordered)
         ways.append(lambda: packed.product(left, ordered))
-    except (AttributeError, RuntimeError):  # this processor or platform has none
-        pass
     try:
         plain, *others = _best_seconds(ways)
         return plain, others[0] if others else float("inf")
