@@ -320,7 +320,8 @@ def _pace() -> float:
     if past.empty or "planned" not in past:
         return 1.0
     past = past.dropna(subset=["planned", "seconds"]).tail(20)
-    return float((past["seconds"] / past["planned"]).median()) if len(past) else 1.0
+    spent = past["seconds"].clip(lower=0.5)  # the API's times are whole seconds: a quick job's are the same
+    return float((spent / past["planned"]).median()) if len(past) else 1.0
 
 
 def _show(bar: Progress, todo: list[_Run], active: list[_Run], waiting: list[_Run]) -> None:

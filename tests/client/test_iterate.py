@@ -114,6 +114,13 @@ def test_a_tie_or_no_keyword_is_the_larger_class() -> None:
     assert rule.predict(["the PUCK!", "puck bat", "none"]).tolist() == ["a", "b", "b"]
 
 
+def test_jobs_that_took_no_whole_second_leave_a_plan_its_time() -> None:
+    for number in range(3):
+        runs.record("sweep", str(number), planned=4.0, seconds=0.0)
+    plan = labkit.plan(TRAIN, VALID, **GRID)
+    assert plan.attrs["pace"] == 0.125 and (plan.seconds > 0).all()
+
+
 def test_a_sweep_runs_its_plan_records_it_and_is_not_repeated(service: RunningService) -> None:
     client = service.client
     plan = labkit.plan(TRAIN, VALID, sizes=[20, 99], seeds=[1, 2], **GRID)
