@@ -320,7 +320,7 @@ def _pace() -> float:
     if past.empty or "planned" not in past:
         return 1.0
     past = past.dropna(subset=["planned", "seconds"]).tail(20)
-    spent = past["seconds"].clip(lower=0.5)  # the API's times are whole seconds: a quick job's are the same
+    spent = past["seconds"].clip(lower=0.5)  # a quick job begins and ends in the same second of the API's
     return float((spent / past["planned"]).median()) if len(past) else 1.0
 
 
