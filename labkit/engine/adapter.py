@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from peft import get_peft_model_state_dict as adapter_state
 from peft import set_peft_model_state_dict as set_adapter_state
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -104,12 +105,6 @@ def parameters(model: BaseModel, adapter: Adapter) -> dict[str, torch.nn.Paramet
     return {name: weight for name, weight in sorted(model.network.named_parameters()) if mark in name}
 
 
-def _state(model: BaseModel, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """The same by the names that they have in files; PEFT's own function looks at all of the network's weights."""
-    return {name.replace(f".{adapter.name}.", "."): weight.detach()
-            for name, weight in parameters(model, adapter).items()}
-
-
 @contextmanager
 def active(model: BaseModel, adapter: Adapter | None) -> Iterator[None]:
     """Within the block the network runs with `adapter`, or as the bare base model for None."""
@@ -131,7 +126,8 @@ def _switch(model: BaseModel, name: str | None) -> None:
 def save(model: BaseModel, adapter: Adapter, folder: Path) -> None:
     """Write the adapter into `folder` in PEFT's format, with a note of where it starts."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {PEFT_PREFIX + name: weight for name, weight in _state(model, adapter).items()}
+    state = adapter_state(model.network, adapter_name=adapter.name)
+    weights = {PEFT_PREFIX + key: value.contiguous() for key, value in state.items()}
     # Written here, not by safetensors, whose error on a full disk is no `OSError`.
     paths.write_bytes(folder / WEIGHTS, to_bytes(weights, {"format": "pt"}))
     config = replace(model.network.peft_config[adapter.name], inference_mode=True)
@@ -164,7 +160,7 @@ def initialise(model: BaseModel, adapter: Adapter, folder: Path) -> None:
     Raises `LabkitError` as `load` does, and where sizes or layers differ.
     """
     weights = _read(model, folder)[2]
-    fresh = _state(model, adapter)
+    fresh = adapter_state(model.network, adapter_name=adapter.name)
     if {key: value.shape for key, value in weights.items()} != {key: value.shape for key, value in fresh.items()}:
         raise LabkitError(f"The adapter in {folder} has another rank or other layers than the one to train; leave "
                           "labkit.rank out, and train a model of an earlier version of labkit anew.")
