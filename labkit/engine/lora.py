@@ -17,7 +17,7 @@ class PackedLora(Linear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`x W + (x A) B * scaling`, the adapter's part in its own float32, within rounding as PEFT's."""
-        if self.disable_adapters:
+        if self.disable_adapters or self.active_adapters[0] not in self.lora_A:  # others may be in more layers
             return self.base_layer(x)
         [name] = self.active_adapters
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
