@@ -175,9 +175,7 @@ class Run:
 
     def _succeed(self) -> None:
         self._flush()
-        scratch = self.folder / "final"
-        adapters.save(self.model, self.trainer.adapter, scratch)
-        self._publish(scratch, self.inner["model_id"])
+        self._publish(self._state_folder(), self.inner["model_id"])  # saved at the end of the last epoch
         result = self._result_file()
         name = self.inner["name"]
         ended = {"status": "succeeded", "fine_tuned_model": name, "finished_at": objects.now(),
