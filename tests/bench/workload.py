@@ -79,19 +79,19 @@ def chats(count: int, length: int) -> list[Row]:
             for text, label in zip(posts.text, posts.label, strict=True)]
 
 
-def start_job(client: openai.OpenAI, rows: list[Row], adapter: str = "activated", **hyperparameters: Any
-              ) -> FineTuningJob:
+def start_job(client: openai.OpenAI, rows: list[Row], adapter: str = "activated", seed: int = 42,
+              **hyperparameters: Any) -> FineTuningJob:
     """Upload rows and create a job."""
     file = client.files.create(file=("train.jsonl", "\n".join(map(json.dumps, rows)).encode()), purpose="fine-tune")
     return client.fine_tuning.jobs.create(
-        model=BASE, training_file=file.id, seed=42, extra_body={"labkit": {"adapter": adapter}},
+        model=BASE, training_file=file.id, seed=seed, extra_body={"labkit": {"adapter": adapter}},
         method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}})
 
 
 def finish(client: openai.OpenAI, job: FineTuningJob) -> FineTuningJob:
     """Wait for the job's end. Raises `RuntimeError` if it did not succeed."""
     while (job := client.fine_tuning.jobs.retrieve(job.id)).status not in ENDED:
-        time.sleep(0.2)
+        time.sleep(0.05)
     if job.status != "succeeded":
         raise RuntimeError(f"job {job.id} {job.status}: {job.error}")
     return job
