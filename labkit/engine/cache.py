@@ -219,9 +219,10 @@ class PromptCache:
         rows = [blocks[count:] for blocks, count in zip(rows, skip, strict=True)]
         lengths = [sum(len(block.ids) for block in blocks) for blocks in rows]
         longest, shape = max(lengths, default=0), self.model.shape
-        states = torch.zeros(shape.layers - first, 2, len(rows), shape.heads, longest, shape.width, dtype=shape.dtype)
+        states = torch.empty(shape.layers - first, 2, len(rows), shape.heads, longest, shape.width, dtype=shape.dtype)
         for row, blocks in enumerate(rows):
             begin = longest - lengths[row]
+            states[:, :, row, :, :begin] = 0  # hidden later, but no chance number must come of it
             for block in blocks:
                 states[:, :, row, :, begin : begin + len(block.ids)] = held[block.name][first:]
                 begin += len(block.ids)
