@@ -91,7 +91,7 @@ def start_job(client: openai.OpenAI, rows: list[Row], adapter: str = "activated"
 def finish(client: openai.OpenAI, job: FineTuningJob) -> FineTuningJob:
     """Wait for the job's end. Raises `RuntimeError` if it did not succeed."""
     while (job := client.fine_tuning.jobs.retrieve(job.id)).status not in ENDED:
-        time.sleep(0.05)
+        time.sleep(0.1)
     if job.status != "succeeded":
         raise RuntimeError(f"job {job.id} {job.status}: {job.error}")
     return job
