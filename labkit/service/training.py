@@ -147,7 +147,7 @@ class Run:
         published = f"{self.inner['model_id']}-ckpt-step-{epoch.step}"
         metrics = {**_metrics(last), "full_valid_loss": epoch.full_valid_loss,
                    "full_valid_mean_token_accuracy": epoch.full_valid_accuracy}
-        self._publish(folder, published)
+        self._publish(published)
         with self.store.transaction():
             if self.store.status("job", self.id) == "cancelled":
                 dropped = [published]
@@ -175,7 +175,7 @@ class Run:
 
     def _succeed(self) -> None:
         self._flush()
-        self._publish(self._state_folder(), self.inner["model_id"])  # saved at the end of the last epoch
+        self._publish(self.inner["model_id"])  # of the state saved at the end of the last epoch
         result = self._result_file()
         name = self.inner["name"]
         ended = {"status": "succeeded", "fine_tuned_model": name, "finished_at": objects.now(),
@@ -261,13 +261,13 @@ class Run:
                 return
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _publish(self, source: Path, name: str) -> None:
-        """Copy an adapter's files to the models' folder, whole or not at all."""
+    def _publish(self, name: str) -> None:
+        """Copy the adapter's files from this step's training state to the models' folder, whole or not at all."""
         target, scratch = self.store.models / name, self.folder / f"publish-{name}"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         for file in (adapters.WEIGHTS, adapters.CONFIG, adapters.NOTE):
-            self.store.keep_copy(source / file, scratch / file)
+            self.store.keep_copy(self._state_folder() / file, scratch / file)
         shutil.rmtree(target, ignore_errors=True)  # from before a crash
         os.replace(scratch, target)
 
