@@ -1,9 +1,10 @@
 """LoRA adapters through PEFT: make, switch, save, load.
 
-An adapter adds `B @ A * alpha / r` to the linear maps in the last third of the frozen base model's
-layers (LoRA, arXiv 2106.09685); in all layers it learned no better, see README.md. An *activated*
-LoRA (arXiv 2504.12397) does so only from the end of the prompt on, so that the prompt's keys and
-values stay those of the base model and can be cached.
+An adapter adds `B @ A * alpha / r` to linear maps in the last third of the frozen base model's
+layers (LoRA, arXiv 2106.09685): to attention's output and the feed-forward part, its gate left out.
+In all maps, or in all layers, it learned no better, see README.md. An *activated* LoRA (arXiv
+2504.12397) does so only from the end of the prompt on, so that the prompt's keys and values stay
+those of the base model and can be cached.
 
 Adapters are saved in PEFT's own format, and PEFT loads them without labkit: an activated one
 carries the tokens at which it starts as `alora_invocation_tokens`.
@@ -36,6 +37,8 @@ from labkit.errors import LabkitError
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before the name of every weight in a file
 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute.*")  # several adapters are the point
 SHARE = 1 / 3  # of the layers get an adapter, the last ones
+# What makes queries, keys, values and the gate gets none: Llama's and most others' names, GPT-2's, GPT-NeoX's, Phi-3's.
+SPARED = ("q_proj", "k_proj", "v_proj", "gate_proj", "c_attn", "query_key_value", "qkv_proj")
 WEIGHTS, CONFIG, NOTE = "adapter_model.safetensors", "adapter_config.json", "labkit.json"
 
 
@@ -78,8 +81,9 @@ def create(model: BaseModel, name: str, start: Start, rank: int = 16, seed: int 
     changed = {part for layer in model.layers[first:] for part in layer.modules()}
     linear = {name.removesuffix(".base_layer"): part for name, part in model.network.named_modules()
               if part in changed and isinstance(part, torch.nn.Linear | Conv1D) and ".lora_" not in name}
+    wanted = [name for name in linear if name.rpartition(".")[2] not in SPARED]
     transposed = any(isinstance(part, Conv1D) for part in linear.values())  # GPT-2's linear layers
-    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=list(linear),
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=wanted,
                         fan_in_fan_out=transposed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

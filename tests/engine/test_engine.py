@@ -151,8 +151,10 @@ def test_layers_below_the_adapter_run_once_for_each_example(
     base: model.BaseModel, tmp_path: Path, activated: bool
 ) -> None:
     own = trainer(base, tmp_path, activated)
-    assert own.adapter.first == 1 and all(".1." in path for path, weight in base.network.named_parameters()
-                                          if weight.requires_grad)
+    trained = [path for path, weight in base.network.named_parameters() if weight.requires_grad]
+    assert own.adapter.first == 1 and all(".1." in path for path in trained)
+    maps = {path.partition(".lora_")[0].rpartition(".")[2] for path in trained}
+    assert maps in ({"o_proj", "up_proj", "down_proj"}, {"c_proj", "c_fc"}, {"out_proj", "c_proj", "c_fc"})
     for happening in own.run():
         if isinstance(happening, train.Step):
             break
