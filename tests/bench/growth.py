@@ -12,6 +12,7 @@ from tests.bench.workload import BASE, Memory, seconds
 
 matplotlib.use("Agg")
 EXAMPLES, LENGTHS, JOBS, CLIENTS = (100, 1_000, 10_000), (64, 256, 1_024, 2_048), (1, 5, 20), (1, 4, 16, 64)
+REQUESTS = 8  # of each client
 
 
 def examples(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
@@ -57,33 +58,55 @@ def jobs(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
 
 
 def clients(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
-    """128 one-token requests spread over 1 to 64 clients."""
-    prompts = workload.prompts(workload.older(128), 64)
+    """1 to 64 clients at once, each with eight one-token requests of its own."""
+    prompts = workload.prompts(workload.older(max(CLIENTS) * REQUESTS), 64)
     points = []
     for count in CLIENTS:
         workload.forget_prompts()
 
-        def one(number: int, count: int = count) -> None:
+        def one(number: int) -> None:
             own = openai.OpenAI(base_url=client.base_url, api_key=client.api_key, timeout=600)
-            for prompt in prompts[number::count]:
+            for prompt in prompts[number * REQUESTS : (number + 1) * REQUESTS]:
                 own.completions.create(model=BASE, prompt=prompt, max_tokens=1, temperature=0)
 
         with Memory() as memory, ThreadPoolExecutor(count) as pool:
             spent = seconds(lambda n=count, work=one: list(pool.map(work, range(n))))
         points.append((count, spent, memory.peak / 1e9))
-    _record(sheet, "serving", "clients that share 128 requests", points)
+    _record(sheet, "serving", f"clients, {REQUESTS} requests each", points)
 
 
 def _record(sheet: Sheet, row: str, what: str, points: list[tuple[int, float, float]]) -> None:
+    """Each point's work, seconds and GB: figures, how much steeper than the work time grows, and a plot."""
+    for size, spent, memory in points:
+        sheet.figure(row, f"{size:,} {what}", spent, "s", f"{memory:.2f} GB resident")
+
+    def steepness(begin: tuple[int, float, float], end: tuple[int, float, float]) -> float:
+        return (end[1] / begin[1]) / (end[0] / begin[0])
+
+    steps = list(zip(points, points[1:], strict=False))
+    begin, end = max(steps, key=lambda step: steepness(*step))
+    sheet.ratio(row, f"growth of time / of work, {points[0][0]:,} to {points[-1][0]:,}",
+                steepness(points[0], points[-1]))
+    sheet.ratio(row, f"the same at its steepest, {begin[0]:,} to {end[0]:,}", steepness(begin, end))
+    _plot(sheet, row, what, points)
+
+
+def _plot(sheet: Sheet, row: str, what: str, points: list[tuple[int, float, float]]) -> None:
     from matplotlib.figure import Figure
 
-    for size, spent, memory in points:
-        sheet.figure(row, f"{size:,} {what}", spent, "s", f"{memory:.2f} GB resident" if memory else "")
-    (small, least, _), (large, most, _) = points[0], points[-1]
-    sheet.ratio(row, f"time x{most / least:.3g} for work x{large / small:.3g}", (most / least) / (large / small))
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    axes.loglog([p[0] for p in points], [p[1] for p in points], marker="o")
-    axes.set(xlabel=what, ylabel="seconds", title=row)
+    sizes, spent, memory = zip(*points, strict=True)
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.loglog(sizes, spent, marker="o", label="measured")
+    left.loglog(sizes, [spent[0] * size / sizes[0] for size in sizes], color="grey", linestyle="--",
+                label="in proportion to the first")
+    left.set_yticks(spent, [f"{value:.3g}" for value in spent])
+    left.legend()
+    right.semilogx(sizes, memory, marker="o")
+    for axes, quantity in ((left, "seconds"), (right, "resident memory (GB)")):
+        axes.set(xlabel=what, ylabel=quantity)
+        axes.minorticks_off()
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    right.set_ylim(0, 1.2 * max(memory))
     sheet.folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(sheet.folder / f"{row}.png", dpi=120)
