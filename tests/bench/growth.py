@@ -24,7 +24,7 @@ def examples(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
         workload.forget_prompts()
         with Memory() as memory:
             spent = workload.timed_job(client, varied[:count], n_epochs=1)[0]
-        points.append((count, spent, memory.peak / 1e9))
+        points.append((count, spent, memory.training / 1e9))
     _record(sheet, "examples", "examples", points)
 
 
@@ -40,7 +40,7 @@ def lengths(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
         workload.forget_prompts()
         with Memory() as memory:
             spent = workload.timed_job(client, rows, n_epochs=1)[0]
-        points.append((length, spent, memory.peak / 1e9))
+        points.append((length, spent, memory.training / 1e9))
     _record(sheet, "lengths", "tokens of each of 32 examples", points)
 
 
@@ -53,7 +53,7 @@ def jobs(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
             spent = seconds(lambda c=count: [
                 workload.finish(client, job) for job in [workload.start_job(client, rows, n_epochs=1)
                                                          for _ in range(c)]])
-        points.append((count, spent, memory.peak / 1e9))
+        points.append((count, spent, memory.training / 1e9))
     _record(sheet, "jobs", "jobs queued at once", points)
 
 
@@ -71,7 +71,7 @@ def clients(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
 
         with Memory() as memory, ThreadPoolExecutor(count) as pool:
             spent = seconds(lambda n=count, work=one: list(pool.map(work, range(n))))
-        points.append((count, spent, memory.peak / 1e9))
+        points.append((count, spent, memory.serving / 1e9))
     _record(sheet, "serving", f"clients, {REQUESTS} requests each", points)
 
 

@@ -49,7 +49,7 @@ def split(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
     sheet.ratio("split", "job / forward pass", job / one, ("<=", 1.5))
     sheet.ratio("split", "accuracy, held-out posts",
                 workload.accuracy(client, done.fine_tuned_model or "", posts.iloc[size:], 256), (">=", 0.97))
-    sheet.ratio("split", "peak resident memory of training, GB", memory.peak / 1e9, ("<=", 3.0))
+    sheet.ratio("split", "peak resident memory of training, GB", memory.training / 1e9, ("<=", 3.0))
 
 
 def trl(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:

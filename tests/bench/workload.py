@@ -118,10 +118,14 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 class Memory:
-    """The largest resident memory of any one process that the service has started, sampled while the block runs."""
+    """The largest resident memory in bytes while the block runs, sampled.
+
+    `serving` is that of the service, which answers requests, `training` that of any one process that it has started.
+    """
 
     def __enter__(self) -> "Memory":
-        self.peak, self._done = 0, threading.Event()
+        self.serving = self.training = 0
+        self._done = threading.Event()
         self._service = psutil.Process(json.loads((paths.home() / "service.json").read_text())["pid"])
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -129,9 +133,10 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._done.wait(0.1):
+            self.serving = max(self.serving, self._service.memory_info().rss)
             for child in self._service.children(recursive=True):
                 try:
-                    self.peak = max(self.peak, child.memory_info().rss)
+                    self.training = max(self.training, child.memory_info().rss)
                 except psutil.NoSuchProcess:
                     continue
 
