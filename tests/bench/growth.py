@@ -1,6 +1,7 @@
 """Rows on cost as work grows: time and memory against examples, length, jobs and clients, a plot each."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import matplotlib
 import openai
@@ -58,7 +59,7 @@ def jobs(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
 
 
 def clients(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
-    """1 to 64 clients at once, each with eight one-token requests of its own."""
+    """1 to 64 clients at once, each with one-token requests of its own."""
     prompts = workload.prompts(workload.older(max(CLIENTS) * REQUESTS), 64)
     points = []
     for count in CLIENTS:
@@ -83,8 +84,7 @@ def _record(sheet: Sheet, row: str, what: str, points: list[tuple[int, float, fl
     def steepness(begin: tuple[int, float, float], end: tuple[int, float, float]) -> float:
         return (end[1] / begin[1]) / (end[0] / begin[0])
 
-    steps = list(zip(points, points[1:], strict=False))
-    begin, end = max(steps, key=lambda step: steepness(*step))
+    begin, end = max(pairwise(points), key=lambda step: steepness(*step))
     sheet.ratio(row, f"growth of time / of work, {points[0][0]:,} to {points[-1][0]:,}",
                 steepness(points[0], points[-1]))
     sheet.ratio(row, f"the same at its steepest, {begin[0]:,} to {end[0]:,}", steepness(begin, end))

@@ -34,13 +34,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Ratio:
-    """One figure over another, or a figure itself, against a goal such as ("<=", 1.6); None: no goal, only told."""
+    """One figure over or less another, or a figure itself, against a goal such as ("<=", 1.6); None: only told."""
 
     row: str
     what: str
     value: float
     goal: tuple[str, float] | None = None
-    note: str = ""
 
     @property
     def verdict(self) -> str:
@@ -71,10 +70,10 @@ class Sheet:
         print(f"{row}: {what}: {found}{f' ({note})' if note else ''}", flush=True)
         return found.median
 
-    def ratio(self, row: str, what: str, value: float, goal: tuple[str, float] | None = None, note: str = "") -> None:
+    def ratio(self, row: str, what: str, value: float, goal: tuple[str, float] | None = None) -> None:
         """Record how a figure stands to another one, or to its goal."""
-        self.ratios.append(Ratio(row, what, value, goal, note))
-        print(f"{row}: {what}: {self.ratios[-1]}{f' ({note})' if note else ''}", flush=True)
+        self.ratios.append(Ratio(row, what, value, goal))
+        print(f"{row}: {what}: {self.ratios[-1]}", flush=True)
 
     def skip(self, row: str, why: str) -> None:
         """Record that something was not measured."""
@@ -95,8 +94,7 @@ class Sheet:
                  "within one run more than seconds.", "", "| row | ratio | value | goal | |", "|---|---|---|---|---|"]
         for r in self.ratios:
             goal = f"{r.goal[0]} {r.goal[1]:g}" if r.goal else "–"
-            what = f"{r.what} ({r.note})" if r.note else r.what
-            lines.append(f"| {r.row} | {what} | {r.value:.3g} | {goal} | {r.verdict} |")
+            lines.append(f"| {r.row} | {r.what} | {r.value:.3g} | {goal} | {r.verdict} |")
         lines += ["", "| row | what | measured | |", "|---|---|---|---|"]
         lines += [f"| {f.row} | {f.what} | {f} | {f.note} |" for f in self.figures]
         lines += ["", *(f"- {row}: not measured: {why}" for row, why in self.skipped), ""]

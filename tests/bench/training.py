@@ -81,9 +81,9 @@ def trl(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
                  f"accuracy {quick['accuracy']:.3f}")
     sheet.figure("trl", f"TRL as it comes (float32), {TRL_EPOCHS} epochs", slow["seconds"], "s",
                  f"from {slow['measured_steps']} steps' median")
-    reached = f"of {len(tests)} by-date posts ours has {right:.3f} right, TRL {quick['accuracy']:.3f}"
-    sheet.ratio("trl", "TRL bfloat16 / our job", quick["seconds"] / job, (">=", 15), reached)
-    sheet.ratio("trl", "TRL as it comes / our job", slow["seconds"] / job, (">=", 40), reached)
+    sheet.ratio("trl", "TRL bfloat16 / our job", quick["seconds"] / job, (">=", 15))
+    sheet.ratio("trl", "TRL as it comes / our job", slow["seconds"] / job, (">=", 40))
+    sheet.ratio("trl", f"our accuracy less TRL's, {len(tests)} by-date posts", right - quick["accuracy"], (">=", 0))
     sheet.ratio("trl", "TRL bfloat16 / our plain LoRA", quick["seconds"] / plain)
 
 

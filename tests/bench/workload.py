@@ -36,6 +36,7 @@ def home() -> Iterator[openai.OpenAI]:
         try:
             client = labkit.connect(max_retries=0, timeout=600)
             client.completions.create(model=BASE, prompt="warm up", max_tokens=1)
+            finish(client, start_job(client, examples(older(16), 64), n_epochs=1))  # both load the model
             yield client
         finally:
             stop_service()
