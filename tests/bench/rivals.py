@@ -155,24 +155,25 @@ def trl(folder: str, dtype: str, rows: list[dict[str, Any]], held_out: list[dict
     if steps:
         between = sorted(b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False))
         return {"seconds": between[len(between) // 2] * total, "measured_steps": len(between)}
-    return {"seconds": spent, "accuracy": _accuracy(trainer.model.eval(), tokenizer, held_out)}
+    return {"seconds": spent, "right": _right(trainer.model.eval(), tokenizer, held_out)}
 
 
-def _accuracy(network: Any, tokenizer: Any, held_out: list[dict[str, str]]) -> float:
-    """Share of held-out rows whose completion's first token is the likeliest among all rows' first tokens."""
+def _right(network: Any, tokenizer: Any, held_out: list[dict[str, str]]) -> list[bool]:
+    """Whether each held-out row's completion has the likeliest first token among all rows' first tokens."""
     import torch
 
     first = {row["completion"]: tokenizer(row["completion"])["input_ids"][0] for row in held_out}
-    names, right = list(first), 0
+    names: list[str] = list(first)
+    right: list[bool] = []
     tokenizer.padding_side = "left"
     with torch.inference_mode():
         for begin in range(0, len(held_out), BATCH):
             rows = held_out[begin : begin + BATCH]
             ids = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
             logits = network(**ids, logits_to_keep=1).logits[:, -1, list(first.values())]
-            right += sum(names[best] == row["completion"]
-                         for best, row in zip(logits.argmax(-1).tolist(), rows, strict=True))
-    return right / len(held_out)
+            right += [names[best] == row["completion"]
+                      for best, row in zip(logits.argmax(-1).tolist(), rows, strict=True)]
+    return right
 
 
 def _load(folder: str, dtype: str) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """Rows on training: against one forward pass, against TRL, memory, and a second job on the same data."""
 
+import numpy as np
 import openai
 
 from labkit import assets
@@ -9,6 +10,9 @@ from tests.bench.workload import Memory
 
 RUNS = 3
 TRL_EPOCHS = 4
+# For an activated LoRA against TRL, chosen on posts of threads that no training post is of, see labkit/engine/README.md
+BEFORE = "Baseball or hockey? Teams, players and cities in this post tell which.\n\n"
+PACE = 0.7  # learning_rate_multiplier
 TRL_STEPS = 5  # timed steps where a whole run would take too long; the first one is left out
 
 
@@ -28,7 +32,7 @@ def train(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
     again = sheet.figure("train", "the same job again", warm, "s")
     one = sheet.figure("train", "one forward pass over its prompts", floor["seconds"], "s",
                        f"transformers, {dtype}, {floor['tokens']:,} tokens")
-    right = workload.accuracy(client, done.fine_tuned_model or "", held_out, 128)
+    right = workload.right(client, done.fine_tuned_model or "", held_out, 128).mean()
     sheet.figure("train", "accuracy, 200 by-date posts", right, "")
     sheet.ratio("train", "job / forward pass", job / one, ("<=", 1.6))
     sheet.ratio("train", "second job / first", again / job, ("<=", 0.25))
@@ -48,42 +52,52 @@ def split(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
     one = sheet.figure("split", "one forward pass over its prompts", floor["seconds"], "s", f"transformers, {dtype}")
     sheet.ratio("split", "job / forward pass", job / one, ("<=", 1.5))
     sheet.ratio("split", "accuracy, held-out posts",
-                workload.accuracy(client, done.fine_tuned_model or "", posts.iloc[size:], 256), (">=", 0.97))
+                workload.right(client, done.fine_tuned_model or "", posts.iloc[size:], 256).mean(), (">=", 0.97))
     sheet.ratio("split", "peak resident memory of training, GB", memory.training / 1e9, ("<=", 3.0))
 
 
 def trl(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
-    """TRL's SFTTrainer on the same 300 posts: in bfloat16 to the end (some ten minutes), as it comes for some steps."""
+    """TRL's SFTTrainer on the same 300 posts: in bfloat16 to the end (some ten minutes), as it comes for some steps.
+
+    Of accuracy one run on one draw of posts says little; labkit/engine/README.md has five draws.
+    """
     posts, held_out = workload.older(300), workload.younger()
     rows, tests = workload.examples(posts, 128), workload.examples(held_out, 128)
 
-    def ours(adapter: str, runs: int) -> tuple[float, float]:
+    def ours(adapter: str, runs: int, before: str, pace: float) -> tuple[float, np.ndarray]:
+        """A job's seconds, median of `runs`, and the share of runs that label each held-out post right."""
         spent, right = [], []
         for seed in range(runs):  # of one seed alone, a point more or less right is chance
             workload.forget_prompts()
-            seconds, done = workload.timed_job(client, rows, adapter=adapter, seed=seed, n_epochs=TRL_EPOCHS)
+            seconds, done = workload.timed_job(client, workload.examples(posts, 128, before), adapter=adapter,
+                                               seed=seed, n_epochs=TRL_EPOCHS, learning_rate_multiplier=pace)
             spent.append(seconds)
-            right.append(workload.accuracy(client, done.fine_tuned_model or "", held_out, 128))
+            right.append(workload.right(client, done.fine_tuned_model or "", held_out, 128, before))
         job = sheet.figure("trl", f"our job, {adapter} LoRA, {TRL_EPOCHS} epochs", spent, "s",
-                           "accuracy " + ", ".join(f"{share:.3f}" for share in right))
-        return job, sum(right) / runs
+                           "accuracy " + ", ".join(f"{run.mean():.3f}" for run in right))
+        return job, np.mean(right, axis=0)
 
-    job, right = ours("activated", RUNS)  # the first one may find no process that has loaded the model
+    job, right = ours("activated", RUNS, BEFORE, PACE)
     folder = str(assets.base_model())
-    floor = rivals.run("forward", folder=folder, dtype=dtype, prompts=[r["prompt"] for r in rows], runs=RUNS)
+    floor = rivals.run("forward", folder=folder, dtype=dtype, prompts=workload.prompts(posts, 128, BEFORE),
+                       runs=RUNS)
     one = sheet.figure("trl", "one forward pass over its prompts", floor["seconds"], "s", f"transformers, {dtype}")
     sheet.ratio("trl", "job / forward pass", job / one, ("<=", 1.6))
-    plain, _ = ours("lora", 1)
+    plain, _ = ours("lora", 1, "", 1.0)
     common = {"package": "trl", "folder": folder, "rows": rows, "held_out": tests, "epochs": TRL_EPOCHS}
     slow = rivals.run("trl", dtype="float32", steps=TRL_STEPS, defaults=True, **common)
     quick = rivals.run("trl", dtype="bfloat16", steps=0, defaults=False, **common)
     sheet.figure("trl", f"TRL, bfloat16, {TRL_EPOCHS} epochs", quick["seconds"], "s",
-                 f"accuracy {quick['accuracy']:.3f}")
+                 f"accuracy {np.mean(quick['right']):.3f}")
     sheet.figure("trl", f"TRL as it comes (float32), {TRL_EPOCHS} epochs", slow["seconds"], "s",
                  f"from {slow['measured_steps']} steps' median")
     sheet.ratio("trl", "TRL bfloat16 / our job", quick["seconds"] / job, (">=", 15))
     sheet.ratio("trl", "TRL as it comes / our job", slow["seconds"] / job, (">=", 40))
-    sheet.ratio("trl", f"our accuracy less TRL's, {len(tests)} by-date posts", right - quick["accuracy"], (">=", 0))
+    less = right - np.array(quick["right"])
+    error = less.std() / len(less) ** 0.5
+    sheet.figure("trl", f"our accuracy less TRL's, {len(tests)} by-date posts", less.mean(), "",
+                 f"standard error {error:.3f}")
+    sheet.ratio("trl", "the same in standard errors", less.mean() / error, (">=", -1))
     sheet.ratio("trl", "TRL bfloat16 / our plain LoRA", quick["seconds"] / plain)
 
 
