@@ -2,6 +2,7 @@
 
 import numpy as np
 import openai
+import pandas as pd
 
 from labkit import assets
 from tests.bench import rivals, workload
@@ -10,7 +11,7 @@ from tests.bench.workload import Memory
 
 RUNS = 3
 TRL_EPOCHS = 4
-# For an activated LoRA against TRL, chosen on posts of threads that no training post is of, see labkit/engine/README.md
+# For an activated LoRA against TRL, whose prompts have no such sentence; how it was chosen: labkit/engine/README.md
 BEFORE = "Baseball or hockey? Teams, players and cities in this post tell which.\n\n"
 PACE = 0.7  # learning_rate_multiplier
 TRL_STEPS = 5  # timed steps where a whole run would take too long; the first one is left out
@@ -93,8 +94,8 @@ def trl(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
                  f"from {slow['measured_steps']} steps' median")
     sheet.ratio("trl", "TRL bfloat16 / our job", quick["seconds"] / job, (">=", 15))
     sheet.ratio("trl", "TRL as it comes / our job", slow["seconds"] / job, (">=", 40))
-    less = right - np.array(quick["right"])
-    error = less.std() / len(less) ** 0.5
+    less = pd.Series(right - np.array(quick["right"]))
+    error = less.sem()
     sheet.figure("trl", f"our accuracy less TRL's, {len(tests)} by-date posts", less.mean(), "",
                  f"standard error {error:.3f}")
     sheet.ratio("trl", "the same in standard errors", less.mean() / error, (">=", -1))
