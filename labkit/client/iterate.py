@@ -20,7 +20,7 @@ from scipy import stats
 from labkit import examples, pricing, tokens
 from labkit.client.classify import classify
 from labkit.client.evaluate import paired, share
-from labkit.client.jobs import ENDED, metrics
+from labkit.client.jobs import ENDED, metrics, refuse_paused
 from labkit.client.progress import Progress
 from labkit.client.runs import digest, host, record, recorded, runs
 from labkit.errors import DataError
@@ -88,7 +88,7 @@ def sweep(client: openai.OpenAI, planned: pd.DataFrame, train: Tables, valid: pd
     kernel, run the cell again: what is recorded is not repeated, and jobs under way are found
     again. A job that fails, as with too high a learning rate, becomes a row with its `error`.
     Choose on `valid`, then measure the chosen model on test posts once. Raises `DataError`
-    for unusable tables, and the SDK's errors.
+    for unusable tables, `LabkitError` when a job is paused (by a full disk, say), and the SDK's errors.
     """
     tables = _named(train)
     _check({**tables, "validation": valid})
@@ -105,6 +105,7 @@ def sweep(client: openai.OpenAI, planned: pd.DataFrame, train: Tables, valid: pd
                 _show(bar, todo, active, waiting)
                 for run in list(active):
                     job = client.fine_tuning.jobs.retrieve(run.job)
+                    refuse_paused(job, client)
                     if job.status in ENDED:
                         active.remove(run)
                         run.finish(client, job, valid, labels, base, pace)
@@ -243,7 +244,7 @@ def stop_early(job: FineTuningJob | str, client: openai.OpenAI, patience: int = 
 
     `patience` is 1 or 2, since a service keeps three checkpoints. A notebook starts a job with
     more epochs than it needs and shows where it was stopped. A job that ends by itself is left
-    to end. Raises `DataError` when no validation loss was measured.
+    to end. Raises `DataError` when no validation loss was measured, `LabkitError` when the job is paused.
     """
     if patience not in (1, 2):
         raise DataError(f"patience is 1 or 2, not {patience}: only the last three checkpoints are kept.")
@@ -251,14 +252,16 @@ def stop_early(job: FineTuningJob | str, client: openai.OpenAI, patience: int = 
     losses: dict[int, float] = {}
     with Progress("Early stopping") as bar:
         while True:
-            status = client.fine_tuning.jobs.retrieve(identity).status
+            latest = client.fine_tuning.jobs.retrieve(identity)
+            refuse_paused(latest, client)
             table = checkpoints(identity, client)
             losses.update(table.set_index("step")["valid_loss"].to_dict())
             steps = sorted(losses)
             best = min(steps, key=lambda step: losses[step]) if steps else 0
             worse = sum(step > best for step in steps)
-            bar.show(0.5, f"{status}; {len(steps)} epochs, best validation loss {losses.get(best, float('nan')):.3f}")
-            if status in ENDED:
+            lowest = losses.get(best, float("nan"))
+            bar.show(0.5, f"{latest.status}; {len(steps)} epochs, best validation loss {lowest:.3f}")
+            if latest.status in ENDED:
                 break
             if worse >= patience:
                 client.fine_tuning.jobs.cancel(identity)

@@ -53,6 +53,14 @@ def watch(job: FineTuningJob | str, client: openai.OpenAI | None = None) -> Fine
     return latest
 
 
+def refuse_paused(job: FineTuningJob, client: openai.OpenAI) -> None:
+    """Raise `LabkitError` with the job's last words if it is paused, since someone has to resume it."""
+    if job.status == "paused":
+        [last] = client.fine_tuning.jobs.list_events(job.id, limit=1).data
+        raise LabkitError(f"The job {job.id} is paused. Its last event: {last.message}. "
+                          f"When client.fine_tuning.jobs.resume({job.id!r}) has set it going, run this again.")
+
+
 def metrics(job: FineTuningJob | str, client: openai.OpenAI | None = None) -> pd.DataFrame:
     """The job's result file as a table: step, train_loss, train_accuracy, valid_loss, valid_mean_token_accuracy.
 

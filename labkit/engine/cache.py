@@ -13,6 +13,7 @@ For answers, where a rounding may differ, whole prompts are read in one pass, se
 
 import mmap
 import os
+import shutil
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 PAD = 32  # a prompt's last, shorter block is computed at a multiple of this width
 BEGINNINGS = 4  # of few-shot prompts and the like that stay in memory; 47 MB each at most for SmolLM2-135M
 TRAILER = 4  # bytes of CRC-32 at the end of a file
+ROOM = 1 << 30  # bytes that stay free on the disk: without any, jobs pause and uploads fail
 Ahead = tuple[torch.Tensor, torch.Tensor]  # of one token: keys and values, and the logits it leads to
 
 
@@ -99,7 +101,10 @@ def run(model: BaseModel, past: Past, ids: torch.Tensor, logits: bool = True) ->
 
 
 class PromptCache:
-    """Keys and values for prompts of one model, kept in `folder` up to `limit` bytes (None: nowhere)."""
+    """Keys and values for prompts of one model, kept in `folder` (None: nowhere).
+
+    They take up to `limit` bytes, and leave `ROOM` on the disk.
+    """
 
     def __init__(self, model: BaseModel, folder: Path | None, limit: int = 8 << 30) -> None:
         self.model = model
@@ -299,6 +304,8 @@ class PromptCache:
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            if not self._make_room(raw.nbytes + TRAILER):
+                return
             with open(temporary, "wb") as handle:
                 handle.write(raw.data)
                 handle.write(zlib.crc32(raw.data).to_bytes(TRAILER, "little"))
@@ -310,8 +317,6 @@ class PromptCache:
             return
         self._verified.add(block.name)
         self._size += raw.nbytes + TRAILER
-        if self._size > self.limit:
-            self._evict()
 
     def _files(self) -> Iterator[tuple[float, int, str]]:
         """Last use, size and path of every block; other processes may delete some meanwhile."""
@@ -325,15 +330,21 @@ class PromptCache:
                     continue
                 yield stat.st_mtime, stat.st_size, entry.path
 
-    def _evict(self) -> None:
-        """Delete the blocks not used for longest until the cache is a tenth below its limit."""
+    def _make_room(self, size: int) -> bool:
+        """Whether so many bytes more may be kept; the blocks not used for longest make way for them."""
+        assert self.folder is not None
+        spare = shutil.disk_usage(self.folder).free - ROOM
+        if self._size + size <= self.limit and size <= spare:
+            return True
         files = sorted(self._files())
-        self._size = sum(size for _, size, _ in files)
-        for _, size, path in files:
-            if self._size <= 0.9 * self.limit:
-                return
+        self._size = sum(taken for _, taken, _ in files)
+        room = min(self.limit, self._size + spare)
+        for _, taken, path in files:
+            if self._size + size <= 0.9 * room:  # a tenth more, so as not to look for every block
+                break
             try:
                 os.unlink(path)
             except OSError:  # on Windows a block in use cannot be deleted; the next one can
                 continue
-            self._size -= size
+            self._size -= taken
+        return self._size + size <= room

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from matplotlib.figure import Figure
 
 import labkit
 from labkit.client import baselines, calibration, evaluate, iterate, mistakes, plots, runs, texts
-from labkit.errors import DataError
-from tests.conftest import BASE_NAME, RunningService, jsonl, supervised, upload
+from labkit.errors import DataError, LabkitError
+from tests.conftest import BASE_NAME, RunningService, jsonl, supervised, upload, wait_until
 
 matplotlib.use("Agg")
 SEPARATOR = "\n\n###\n\n"
@@ -171,6 +172,26 @@ def test_data_is_compared_like_any_setting_and_failures_become_rows(client: open
         labkit.plan(TRAIN, VALID.head(0))
     with pytest.raises(DataError, match="names the training table 'as it is'"):
         labkit.sweep(client, labkit.plan(data, VALID), TRAIN, VALID, base=BASE_NAME)
+
+
+def test_nobody_waits_for_a_paused_job(client: openai.OpenAI) -> None:
+    jobs = client.fine_tuning.jobs
+    plan = labkit.plan(TRAIN, VALID, n_epochs=[40], batch_size=[4], seeds=[5])
+    earlier = {job.id for job in jobs.list()}
+
+    def pause() -> str:
+        job = wait_until(lambda: next((job for job in jobs.list() if job.id not in earlier), None))
+        return jobs.pause(job.id).id
+
+    with ThreadPoolExecutor() as pool:
+        paused = pool.submit(pause)
+        with pytest.raises(LabkitError, match=r"ftjob-\S+ is paused.*jobs\.resume\('ftjob-"):
+            labkit.sweep(client, plan, TRAIN, VALID, base=BASE_NAME)
+    with pytest.raises(LabkitError, match=f"{paused.result()} is paused"):
+        iterate.stop_early(paused.result(), client)
+    jobs.resume(paused.result())
+    results = labkit.sweep(client, plan, TRAIN, VALID, base=BASE_NAME)
+    assert results[["job", "status"]].to_numpy().tolist() == [[paused.result(), "succeeded"]]
 
 
 def test_checkpoints_are_chosen_by_validation_loss(client: openai.OpenAI, tuned: str) -> None:

@@ -3,7 +3,9 @@
 import errno
 import math
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from labkit.engine import adapter as adapters
 from labkit.engine import attention, encode, generate, model, train
-from labkit.engine.cache import PromptCache
+from labkit.engine.cache import ROOM, PromptCache
 from labkit.engine.layout import BLOCK
 from labkit.examples import Chat, Completion, auto_epochs, check
 from tests import tiny
@@ -215,6 +217,31 @@ def test_what_is_kept_of_examples_leaves_a_full_disk(
     assert job.entries.full and os.fstat(file.fileno()).st_size == 0
     undisturbed = trainer(model.load(llama_folder, torch.float32), tmp_path)
     assert losses == pytest.approx([e.train_loss for e in undisturbed.run() if isinstance(e, train.Step)], rel=1e-3)
+
+
+def test_the_cache_leaves_room_on_the_disk(
+    llama: model.BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = PromptCache(llama, tmp_path)
+    prompts = [[3 + i] * BLOCK for i in range(8)]
+    for prompt in prompts[:4]:  # one after another, so that their times differ
+        cache.fetch([prompt])
+    kept = {file.name: file.stat().st_size for file in tmp_path.glob("*/*")}
+    assert len(kept) == 4
+    [size] = set(kept.values())
+
+    def disk(_: Path) -> SimpleNamespace:  # one on which 6.5 blocks and what stays free have room
+        taken = sum(file.stat().st_size for file in tmp_path.glob("*/*"))
+        return SimpleNamespace(free=ROOM + 6.5 * size - taken)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk)
+    for prompt in prompts[4:]:
+        cache.fetch([prompt])
+    left = {file.name for file in tmp_path.glob("*/*")}
+    assert 5 <= len(left) <= 6 and not left >= kept.keys() and not cache.full
+    assert cache.fetch([prompts[-1]])[1] == [BLOCK] and cache.fetch([prompts[0]])[1] == [0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    assert cache.fetch([[300] * BLOCK])[1] == [0] and not list(tmp_path.glob("*/*"))
 
 
 @pytest.mark.parametrize("limit", ["TOKENS", "FRESH"])
