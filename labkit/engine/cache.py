@@ -11,9 +11,11 @@ before them: what a file holds depends on the tokens alone, not on what was comp
 For answers, where a rounding may differ, whole prompts are read in one pass, several together.
 """
 
+import math
 import mmap
 import os
 import shutil
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -111,7 +113,8 @@ class PromptCache:
         self.folder = folder
         self.limit = limit
         self.computed = self.reused = 0  # tokens, for tests and for `usage`
-        self.full = False  # the disk had no room: go on without keeping
+        self.full = False  # there was no room: go on without keeping
+        self._since = math.inf  # what was used later, in seconds since 1970, is not evicted
         self.entries: Entries | None = None  # of the last training, for one on the same examples
         self._verified: set[str] = set()
         # What prompts began with in common lately, tokens and states, by the last block's name.
@@ -156,10 +159,24 @@ class PromptCache:
                                         torch.stack([logits for _, logits in found_ahead])))
         return past, found
 
+    def keep_from_now_on(self) -> None:
+        """Let nothing that is used from now on make way for what is used later, and try again to write.
+
+        A training asks for the same prompts in every epoch. If those not used for longest made way, as
+        otherwise, and there were no room for all, each would be gone by the time its turn comes again.
+        """
+        self._since, self.full = time.time(), False
+
     def holds(self, prompts: Sequence[Sequence[int]]) -> bool:
-        """Whether `fetch` would find all of these prompts, as a training cuts them into blocks."""
-        return self.folder is not None and all(
-            self._path(block.name).exists() for ids in prompts for block in self._laid_out(ids, "", 0))
+        """Whether `fetch` would find all of these prompts, as a training cuts them into blocks; they count as used."""
+        if self.folder is None:
+            return False
+        try:
+            for path in [self._path(block.name) for ids in prompts for block in self._laid_out(ids, "", 0)]:
+                os.utime(path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _compute(
         self, rows: list[list[Block]], held: dict[str, torch.Tensor], share: bool, endings: dict[str, int]
@@ -284,7 +301,7 @@ class PromptCache:
         try:
             with open(path, "rb") as handle:
                 raw = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants what could be written
-            os.utime(path)  # the oldest are evicted first
+            os.utime(path)  # those not used for longest are evicted first
         except (OSError, ValueError):  # no such file, or an empty one
             return None
         if len(raw) != size + TRAILER:
@@ -305,6 +322,7 @@ class PromptCache:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             if not self._make_room(raw.nbytes + TRAILER):
+                self.full = True
                 return
             with open(temporary, "wb") as handle:
                 handle.write(raw.data)
@@ -339,8 +357,9 @@ class PromptCache:
         files = sorted(self._files())
         self._size = sum(taken for _, taken, _ in files)
         room = min(self.limit, self._size + spare)
-        for _, taken, path in files:
-            if self._size + size <= 0.9 * room:  # a tenth more, so as not to look for every block
+        for used, taken, path in files:
+            # A tenth more, so as not to look for every block.
+            if used >= self._since or self._size + size <= 0.9 * room:
                 break
             try:
                 os.unlink(path)

@@ -117,6 +117,7 @@ class Trainer:
     def run(self) -> Iterator[Prepared | Step | Epoch]:
         """Train to the end from wherever this trainer stands (the start, or a restored state)."""
         torch.manual_seed(self.settings.seed + self.step)
+        self.cache.keep_from_now_on()
         yield from self._prepare()
         every = math.ceil(self.total / 10)
         while self.step < self.total:

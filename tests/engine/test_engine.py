@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -242,6 +243,24 @@ def test_the_cache_leaves_room_on_the_disk(
     assert cache.fetch([prompts[-1]])[1] == [BLOCK] and cache.fetch([prompts[0]])[1] == [0]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     assert cache.fetch([[300] * BLOCK])[1] == [0] and not list(tmp_path.glob("*/*"))
+
+
+def test_epochs_find_again_what_the_cache_has_room_for(llama_folder: Path, tmp_path: Path) -> None:
+    base = model.load(llama_folder, torch.float32)
+    job = trainer(base, None)
+    whole = sum(example.prompt.start for example in job.passed)
+    cache, computed = PromptCache(base, tmp_path, limit=whole * base.shape.bytes_per_token // 2), []
+    for examples in (job.training, job.training, job.training[::-1]):
+        cache.computed = 0
+        list(train.Trainer(base, job.adapter, cache, examples, job.validation, job.settings).run())
+        computed.append(cache.computed)
+    # Once at first, then half of it in each of four epochs; if the oldest went, all of it in each.
+    assert whole < computed[0] < 4 * whole and max(computed[1:]) < 4 * whole
+    kept = {file.name for file in tmp_path.glob("*/*")}
+    others = [encode.encode_text(base, f"other {i} " * 9 + SEPARATOR, job.adapter.start) for i in range(20)]
+    others = [replace(example, prompt=prompt) for example, prompt in zip(job.training, others, strict=True)]
+    list(train.Trainer(base, job.adapter, cache, others, [], job.settings).run())
+    assert len(kept & {file.name for file in tmp_path.glob("*/*")}) < len(kept) / 2
 
 
 @pytest.mark.parametrize("limit", ["TOKENS", "FRESH"])
