@@ -56,8 +56,9 @@ def watch(job: FineTuningJob | str, client: openai.OpenAI | None = None) -> Fine
 def refuse_paused(job: FineTuningJob, client: openai.OpenAI) -> None:
     """Raise `LabkitError` with the job's last words if it is paused, since someone has to resume it."""
     if job.status == "paused":
-        [last] = client.fine_tuning.jobs.list_events(job.id, limit=1).data
-        raise LabkitError(f"The job {job.id} is paused. Its last event: {last.message}. "
+        events = client.fine_tuning.jobs.list_events(job.id, limit=1).data  # newest first
+        said = f" ({events[0].message})" if events else ""
+        raise LabkitError(f"The job {job.id} is paused{said}. "
                           f"When client.fine_tuning.jobs.resume({job.id!r}) has set it going, run this again.")
 
 

@@ -60,10 +60,14 @@ def split(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
 def trl(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
     """TRL's SFTTrainer on the same 300 posts: in bfloat16 to the end (some ten minutes), as it comes for some steps.
 
-    Of accuracy one run on one draw of posts says little; labkit/engine/README.md has five draws.
+    Of accuracy one run on one draw of posts says little; labkit/engine/README.md has eight draws.
     """
-    posts, held_out = workload.older(300), workload.younger()
+    posts, others, younger = workload.older(300), workload.older().iloc[300:], workload.younger()
+    held_out = pd.concat([others, younger])
     rows, tests = workload.examples(posts, 128), workload.examples(held_out, 128)
+
+    def told(right: np.ndarray) -> str:
+        return f"{right[: len(others)].mean():.3f} of older, {right[len(others) :].mean():.3f} of by-date posts right"
 
     def ours(adapter: str, runs: int, before: str, pace: float) -> tuple[float, np.ndarray]:
         """A job's seconds, median of `runs`, and the share of runs that label each held-out post right."""
@@ -75,7 +79,7 @@ def trl(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
             spent.append(seconds)
             right.append(workload.right(client, done.fine_tuned_model or "", held_out, 128, before))
         job = sheet.figure("trl", f"our job, {adapter} LoRA, {TRL_EPOCHS} epochs", spent, "s",
-                           "accuracy " + ", ".join(f"{run.mean():.3f}" for run in right))
+                           "; ".join(map(told, right)))
         return job, np.mean(right, axis=0)
 
     job, right = ours("activated", RUNS, BEFORE, PACE)
@@ -89,16 +93,17 @@ def trl(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
     slow = rivals.run("trl", dtype="float32", steps=TRL_STEPS, defaults=True, **common)
     quick = rivals.run("trl", dtype="bfloat16", steps=0, defaults=False, **common)
     sheet.figure("trl", f"TRL, bfloat16, {TRL_EPOCHS} epochs", quick["seconds"], "s",
-                 f"accuracy {np.mean(quick['right']):.3f}")
+                 told(np.array(quick["right"])))
     sheet.figure("trl", f"TRL as it comes (float32), {TRL_EPOCHS} epochs", slow["seconds"], "s",
                  f"from {slow['measured_steps']} steps' median")
     sheet.ratio("trl", "TRL bfloat16 / our job", quick["seconds"] / job, (">=", 15))
     sheet.ratio("trl", "TRL as it comes / our job", slow["seconds"] / job, (">=", 40))
     less = pd.Series(right - np.array(quick["right"]))
-    error = less.sem()
-    sheet.figure("trl", f"our accuracy less TRL's, {len(tests)} by-date posts", less.mean(), "",
-                 f"standard error {error:.3f}")
-    sheet.ratio("trl", "the same in standard errors", less.mean() / error, (">=", -1))
+    for kind, part in ("other older", less.iloc[: len(others)]), ("by-date", less.iloc[len(others) :]):
+        error = part.sem()
+        sheet.figure("trl", f"our accuracy less TRL's, {len(part)} {kind} posts", part.mean(), "",
+                     f"standard error {error:.3f}")
+        sheet.ratio("trl", f"the same in standard errors, {kind} posts", part.mean() / error, (">=", -1))
     sheet.ratio("trl", "TRL bfloat16 / our plain LoRA", quick["seconds"] / plain)
 
 
