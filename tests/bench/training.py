@@ -68,12 +68,14 @@ def trl(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
 
     def ours(adapter: str, runs: int) -> tuple[float, np.ndarray]:
         """A job's seconds, median of `runs`, and the share of runs that label each held-out post right."""
-        spent, right = [], []
+        spent, models = [], []
         for seed in range(runs):  # of one seed alone, a point more or less right is chance
             workload.forget_prompts()
             seconds, done = workload.timed_job(client, rows, adapter=adapter, seed=seed, n_epochs=TRL_EPOCHS)
             spent.append(seconds)
-            right.append(workload.right(client, done.fine_tuned_model or "", held_out, 128))
+            models.append(done.fine_tuned_model or "")
+        # After all jobs: writing what is kept of so many posts to the disk would slow the next one.
+        right = [workload.right(client, model, held_out, 128) for model in models]
         job = sheet.figure("trl", f"our job, {adapter} LoRA, {TRL_EPOCHS} epochs", spent, "s",
                            "; ".join(map(told, right)))
         return job, np.mean(right, axis=0)
