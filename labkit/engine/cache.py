@@ -174,7 +174,7 @@ class PromptCache:
         try:
             for path in [self._path(block.name) for ids in prompts for block in self._laid_out(ids, "", 0)]:
                 os.utime(path)
-        except FileNotFoundError:
+        except OSError:  # as in `_read`: what cannot be used is not there
             return False
         return True
 

@@ -394,6 +394,7 @@ def test_a_cache_that_cannot_write_changes_no_result(llama: model.BaseModel, tmp
     cache = PromptCache(llama, None)
     cache.folder = blocked / "cache"
     states = cache.fetch([[5, 6, 7]])[0].states
+    assert not cache.holds([[5, 6, 7]])
     assert cache.full and torch.equal(states, PromptCache(llama, None).fetch([[5, 6, 7]])[0].states)
 
 
