@@ -11,6 +11,8 @@ from tests.bench.workload import Memory
 
 RUNS = 3
 TRL_EPOCHS = 4
+# Before the posts where accuracy is compared with TRL's, whose own gained nothing by it: labkit/engine/README.md.
+BEFORE = "Baseball or hockey? Teams, players and cities in this post tell which.\n\n"
 TRL_STEPS = 5  # timed steps where a whole run would take too long; the first one is left out
 
 
@@ -66,23 +68,25 @@ def trl(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
     def told(right: np.ndarray) -> str:
         return f"{right[: len(others)].mean():.3f} of older, {right[len(others) :].mean():.3f} of by-date posts right"
 
-    def ours(adapter: str, runs: int) -> tuple[float, np.ndarray]:
+    def ours(adapter: str, runs: int, before: str = "") -> tuple[float, np.ndarray]:
         """A job's seconds, median of `runs`, and the share of runs that label each held-out post right."""
         spent, models = [], []
         for seed in range(runs):  # of one seed alone, a point more or less right is chance
             workload.forget_prompts()
-            seconds, done = workload.timed_job(client, rows, adapter=adapter, seed=seed, n_epochs=TRL_EPOCHS)
+            seconds, done = workload.timed_job(client, workload.examples(posts, 128, before), adapter=adapter,
+                                               seed=seed, n_epochs=TRL_EPOCHS)
             spent.append(seconds)
             models.append(done.fine_tuned_model or "")
         # After all jobs: writing what is kept of so many posts to the disk would slow the next one.
-        right = [workload.right(client, model, held_out, 128) for model in models]
+        right = [workload.right(client, model, held_out, 128, before) for model in models]
         job = sheet.figure("trl", f"our job, {adapter} LoRA, {TRL_EPOCHS} epochs", spent, "s",
                            "; ".join(map(told, right)))
         return job, np.mean(right, axis=0)
 
-    job, right = ours("activated", RUNS)
+    job, right = ours("activated", RUNS, BEFORE)
     folder = str(assets.base_model())
-    floor = rivals.run("forward", folder=folder, dtype=dtype, prompts=[r["prompt"] for r in rows], runs=RUNS)
+    floor = rivals.run("forward", folder=folder, dtype=dtype, prompts=workload.prompts(posts, 128, BEFORE),
+                       runs=RUNS)
     one = sheet.figure("trl", "one forward pass over its prompts", floor["seconds"], "s", f"transformers, {dtype}")
     sheet.ratio("trl", "job / forward pass", job / one, ("<=", 1.6))
     plain, _ = ours("lora", 1)
@@ -96,12 +100,10 @@ def trl(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
     sheet.ratio("trl", "TRL bfloat16 / our job", quick["seconds"] / job, (">=", 15))
     sheet.ratio("trl", "TRL as it comes / our job", slow["seconds"] / job, (">=", 40))
     less = pd.Series(right - np.array(quick["right"]))
-    older, date = less.iloc[: len(others)], less.iloc[len(others) :]
-    sheet.figure("trl", f"our accuracy less TRL's, {len(older)} other older posts", older.mean(), "",
-                 f"standard error {older.sem():.3f}")
-    sheet.ratio("trl", "the same in standard errors", older.mean() / older.sem(), (">=", -1))
-    sheet.figure("trl", f"our accuracy less TRL's, {len(date)} by-date posts", date.mean(), "",
-                 f"standard error {date.sem():.3f}")
+    for kind, part in ("other older", less.iloc[: len(others)]), ("by-date", less.iloc[len(others) :]):
+        sheet.figure("trl", f"our accuracy less TRL's, {len(part)} {kind} posts", part.mean(), "",
+                     f"standard error {part.sem():.3f}")
+        sheet.ratio("trl", f"the same in standard errors, {kind} posts", part.mean() / part.sem(), (">=", -1))
     sheet.ratio("trl", "TRL bfloat16 / our plain LoRA", quick["seconds"] / plain)
 
 

@@ -61,15 +61,15 @@ def younger(count: int | None = None) -> pd.DataFrame:
     return posts[posts.split == "test"].sample(frac=1, random_state=42).head(count or len(posts))
 
 
-def prompts(posts: pd.DataFrame, limit: int) -> list[str]:
-    """The posts as prompts of at most `limit` tokens before the separator."""
-    return [tokens.truncate(text.strip(), limit) + SEPARATOR for text in posts.text]
+def prompts(posts: pd.DataFrame, limit: int, before: str = "") -> list[str]:
+    """The posts as prompts of at most `limit` tokens between what stands `before` each and the separator."""
+    return [before + tokens.truncate(text.strip(), limit) + SEPARATOR for text in posts.text]
 
 
-def examples(posts: pd.DataFrame, limit: int) -> list[Row]:
+def examples(posts: pd.DataFrame, limit: int, before: str = "") -> list[Row]:
     """Training rows, prompt and completion."""
     return [{"prompt": prompt, "completion": f" {label}"}
-            for prompt, label in zip(prompts(posts, limit), posts.label, strict=True)]
+            for prompt, label in zip(prompts(posts, limit, before), posts.label, strict=True)]
 
 
 def chats(count: int, length: int) -> list[Row]:
@@ -106,9 +106,9 @@ def timed_job(client: openai.OpenAI, rows: list[Row], **options: Any) -> tuple[f
     return time.perf_counter() - begin, done
 
 
-def right(client: openai.OpenAI, model: str, posts: pd.DataFrame, limit: int) -> np.ndarray:
+def right(client: openai.OpenAI, model: str, posts: pd.DataFrame, limit: int, before: str = "") -> np.ndarray:
     """Whether the model labels each of the posts right."""
-    table = labkit.classify(client, model, prompts(posts, limit), LABELS, progress=False)
+    table = labkit.classify(client, model, prompts(posts, limit, before), LABELS, progress=False)
     return table.label.to_numpy() == posts.label.to_numpy()
 
 
