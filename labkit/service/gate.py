@@ -54,7 +54,15 @@ class Gate:
         body = _Body(scope, receive)
         state = scope.setdefault("state", {})
         state["note"] = note  # routes add to the log line, such as the model
-        status = 0
+        status, logged = 0, False
+
+        def log_once() -> None:
+            nonlocal logged
+            if not logged:
+                logged = True
+                milliseconds = round(1000 * (time.perf_counter() - begin), 1)
+                path = re.sub(r"\bsk-[\w-]+", "sk-…", scope["path"][:PATH_LIMIT])  # a key may have been pasted there
+                log("request", id=request_id, method=scope["method"], path=path, status=status, ms=milliseconds, **note)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -63,6 +71,8 @@ class Gate:
                 if status >= 400 and "owner" in note:
                     await body.drain()
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+            elif not message.get("more_body", False):
+                log_once()  # before the end leaves: who has an answer finds its line in the log
             await send(message)
 
         self.touched(+1)
@@ -83,9 +93,7 @@ class Gate:
                 await known.response()(scope, receive, send_with_id)
         finally:
             self.touched(-1)
-            milliseconds = round(1000 * (time.perf_counter() - begin), 1)
-            path = re.sub(r"\bsk-[\w-]+", "sk-…", scope["path"][:PATH_LIMIT])  # a key may have been pasted into the URL
-            log("request", id=request_id, method=scope["method"], path=path, status=status, ms=milliseconds, **note)
+            log_once()  # also of an answer that did not come to its end
 
     def _key(self, scope: Scope) -> keys.Key:
         """The key of a request. Raises what refuses it before anything else looks at it."""
