@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 
@@ -61,33 +62,34 @@ def shots(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
 
 
 def generate(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
-    """64 greedy tokens, one stream and sixteen, against `transformers.generate` and llama.cpp in 4 bits."""
+    """64 greedy tokens, one stream and sixteen, against `transformers.generate` and llama.cpp's server in 4 bits."""
     prompts = [tokens.truncate(text.strip(), 32) for text in workload.older(16).text]
     never = {str(tokens.encode(text)[0]): -100 for text in ("<|im_end|>", "<|endoftext|>")}
+    asks = [{"model": BASE, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "logit_bias": never}
+            for prompt in prompts]
 
-    def ours(prompt: str) -> None:
-        made = client.completions.create(model=BASE, prompt=prompt, max_tokens=NEW_TOKENS, temperature=0,
-                                         logit_bias=never)
+    def ours(ask: dict[str, Any]) -> None:
+        made = client.completions.create(**ask)
         assert made.usage and made.usage.completion_tokens == NEW_TOKENS
 
     for streams in (1, 16):
-        some = prompts[:streams]
+        some = asks[:streams]
         with ThreadPoolExecutor(streams) as pool:
             spent = [seconds(lambda s=some: list(pool.map(ours, s))) for _ in range(RUNS + 1)][1:]
-        theirs = rivals.run("generate", folder=str(assets.base_model()), dtype=dtype, prompts=some,
+        theirs = rivals.run("generate", folder=str(assets.base_model()), dtype=dtype, prompts=prompts[:streams],
                             count=NEW_TOKENS, runs=RUNS)
         rate = sheet.figure("generate", f"service, {streams} streams", _rates(spent, streams), "tokens/s")
         rival = sheet.figure("generate", f"transformers, {streams} streams", _rates(theirs["seconds"], streams),
                              "tokens/s")
         sheet.ratio("generate", f"service / transformers, {streams} streams", rate / rival, (">=", 1))
-        if streams == 1:
-            try:
-                found = rivals.run("llama", "llama_cpp", prompt=prompts[0], count=NEW_TOKENS, runs=RUNS)
-            except MissingRival as missing:
-                sheet.skip("generate", f"llama.cpp: {missing}")
-                continue
-            rival = sheet.figure("generate", "llama.cpp, Q4_1, 1 stream", _rates(found["seconds"], 1), "tokens/s")
-            sheet.ratio("generate", "service / llama.cpp, 1 stream", rate / rival)
+        try:
+            found = rivals.run("llama", "llama_cpp", asks=some, runs=RUNS)
+        except MissingRival as missing:
+            sheet.skip("generate", f"llama.cpp: {missing}")
+            continue
+        rival = sheet.figure("generate", f"llama.cpp's server, Q4_1, {streams} streams",
+                             _rates(found["seconds"], streams), "tokens/s")
+        sheet.ratio("generate", f"service / llama.cpp's server, {streams} streams", rate / rival)
 
 
 def overhead(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:

