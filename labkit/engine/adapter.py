@@ -2,7 +2,7 @@
 
 An adapter adds `B @ A * alpha / r` to linear maps in the last third of the frozen base model's
 layers (LoRA, arXiv 2106.09685): to attention's output and the feed-forward part, its gate left out.
-In all maps, or in all layers, it learned no better, see README.md. An *activated* LoRA (arXiv
+In all maps, or in all layers, it learned no better, see EXPERIMENTS.md. An *activated* LoRA (arXiv
 2504.12397) does so only from the end of the prompt on, so that the prompt's keys and values stay
 those of the base model and can be cached.
 

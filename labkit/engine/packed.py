@@ -1,9 +1,9 @@
 """Linear maps whose frozen weights stand in memory in the order in which the processor multiplies them.
 
 A plain matrix product puts the weights into that order each time. For few tokens this is much of
-its work, and in float32 PyTorch takes another library, which was slow on the processor measured (README.md). oneDNN,
-which PyTorch's builds for x86 bring, multiplies weights that are in order already; PyTorch's own
-compiler uses the same two operations for frozen models.
+its work, and in float32 PyTorch takes another library, which was slow on the processor measured
+(EXPERIMENTS.md). oneDNN, which PyTorch's builds for x86 bring, multiplies weights that are in order
+already; PyTorch's own compiler uses the same two operations for frozen models.
 """
 
 from typing import Any

@@ -28,7 +28,7 @@ from labkit.engine.encode import Encoded
 from labkit.engine.entries import Entries
 from labkit.engine.model import BaseModel
 
-LEARNING_RATE = 2.4e-3  # of A, at learning_rate_multiplier 1; chosen on validation posts, see README.md
+LEARNING_RATE = 2.4e-3  # of A, at learning_rate_multiplier 1; chosen on validation posts, see EXPERIMENTS.md
 RATIO = 4  # of B's rate to A's (LoRA+, arXiv 2402.12354); chosen likewise
 WARMUP = 0.2  # of all steps: the rate rises from zero, times a cosine that falls to zero from the first step on
 CLIP = 1.0  # the gradient's largest norm

@@ -34,7 +34,7 @@ from labkit.service.store import Row, Store
 if TYPE_CHECKING:
     from labkit.engine.cache import PromptCache
 
-# "auto": the smaller one for fewer than so many examples, which make too few steps; see engine/README.md.
+# "auto": the smaller one for fewer than so many examples, which make too few steps; see engine/EXPERIMENTS.md.
 SMALL_BATCH, BATCH_SIZE, FEW = 8, 16, 200
 MULTIPLIER = 1.0  # "auto"
 IDLE_SECONDS = 60.0  # to wait for another job, with the model in memory

@@ -11,7 +11,7 @@ from tests.bench.workload import Memory
 
 RUNS = 3
 TRL_EPOCHS = 4
-# Before the posts where accuracy is compared with TRL's, whose own gained nothing by it: labkit/engine/README.md.
+# Before the posts where accuracy is compared with TRL's, whose own gained nothing by it: labkit/engine/EXPERIMENTS.md.
 BEFORE = "Baseball or hockey? Teams, players and cities in this post tell which.\n\n"
 TRL_STEPS = 5  # timed steps where a whole run would take too long; the first one is left out
 
@@ -59,7 +59,7 @@ def split(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
 def trl(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
     """TRL's SFTTrainer on the same 300 posts: in bfloat16 to the end (some ten minutes), as it comes for some steps.
 
-    Of accuracy one run on one draw of posts says little; labkit/engine/README.md has eight draws.
+    Of accuracy one run on one draw of posts says little; labkit/engine/EXPERIMENTS.md has more.
     """
     posts, others, younger = workload.older(300), workload.older().iloc[300:], workload.younger()
     held_out = pd.concat([others, younger])
