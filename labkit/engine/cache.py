@@ -6,11 +6,15 @@ use them again, whichever fine-tuned model asks.
 
 A prompt is cut into blocks of `BLOCK` tokens. A block is named by a hash of the weights and of
 all tokens up to its end, so prompts that begin alike share their first blocks, and one file
-holds one block. For training, blocks are always computed one block at a time, from the blocks
-before them: what a file holds depends on the tokens alone, not on what was computed beside it.
-For answers, where a rounding may differ, whole prompts are read in one pass, several together.
+holds one block. Where all examples of a training begin alike, with a system message or an
+instruction, a block ends after that, so that it is read once.
+
+For training, blocks are always computed one block at a time, from the blocks before them: what a
+file holds depends on the tokens alone, not on what was computed beside it. For answers, where a
+rounding may differ, whole prompts are read in one pass, several together.
 """
 
+import json
 import math
 import mmap
 import os
@@ -27,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
+from labkit import paths
 from labkit.engine import adapter as adapters
 from labkit.engine import attention, layout
 from labkit.engine.adapter import Adapter
@@ -38,6 +43,8 @@ if TYPE_CHECKING:
     from labkit.engine.entries import Entries
 
 PAD = 32  # a prompt's last, shorter block is computed at a multiple of this width
+LEAST = 16  # tokens beyond whole blocks that a training's prompts must have in common to be cut after them
+REMEMBERED = 8  # such beginnings of the latest trainings
 BEGINNINGS = 4  # of few-shot prompts and the like that stay in memory; 47 MB each at most for SmolLM2-135M
 TRAILER = 4  # bytes of CRC-32 at the end of a file
 ROOM = 1 << 30  # bytes that stay free on the disk: without any, jobs pause and uploads fail
@@ -114,6 +121,8 @@ class PromptCache:
         self.limit = limit
         self.computed = self.reused = 0  # tokens, for tests and for `usage`
         self.full = False  # there was no room: go on without keeping
+        self._known: list[tuple[int, str]] = []  # what trainings' prompts begin with: tokens, and the last block's name
+        self._version = 0  # of the file that tells so
         self._since = math.inf  # what was used later, in seconds since 1970, is not evicted
         self.entries: Entries | None = None  # of the last training, for one on the same examples
         self._verified: set[str] = set()
@@ -123,7 +132,7 @@ class PromptCache:
 
     def fetch(
         self, prompts: Sequence[Sequence[int]], adapter: Adapter | None = None, share: bool = False,
-        following: Sequence[int] = (), first: int = 0,
+        following: Sequence[int] = (), first: int = 0, beginning: Sequence[int] = (),
     ) -> tuple[Past, list[int]]:
         """The keys and values of `prompts`, and how many tokens of each were found in the cache.
 
@@ -131,12 +140,11 @@ class PromptCache:
         With `share`, what several prompts begin with is held and attended over once for all of them;
         the results then depend on what is asked for together, within rounding. The one token
         `following` each prompt is then read in the same pass, where no prompt was found whole. Only
-        the layers from number `first` on are returned.
+        the layers from number `first` on are returned. What is not shared is cut after `beginning`.
         """
         share = share and self.model.constant_past
-        cuts = self._cuts(prompts) if share else [0] * len(prompts)
-        rows = [self._laid_out(ids, adapter.digest if adapter else "", cut)
-                for ids, cut in zip(prompts, cuts, strict=True)]
+        weights = adapter.digest if adapter else ""
+        rows = self._shared_rows(prompts, weights) if share else self._rows(prompts, weights, beginning)
         held: dict[str, torch.Tensor] = {}
         found = []
         for blocks in rows:
@@ -167,12 +175,29 @@ class PromptCache:
         """
         self._since, self.full = time.time(), False
 
-    def holds(self, prompts: Sequence[Sequence[int]]) -> bool:
+    def beginning(self, prompts: Sequence[list[int]]) -> list[int]:
+        """What all these prompts begin with, where that is worth a cut; empty elsewhere.
+
+        It is noted beside the cache, so that answers, which another process gives, cut after it as well.
+        """
+        least, most = min(prompts), max(prompts)  # what these two begin with, all do
+        common = next((i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), min(map(len, prompts)))
+        if common % BLOCK < LEAST:
+            return []
+        latest = (common, self._blocks(least[:common])[-1].name)
+        self._look()
+        if self.folder is not None and self._known[-1:] != [latest]:
+            noted = [*(one for one in self._known if one != latest), latest][-REMEMBERED:]
+            with suppress(OSError):  # a full disk: answers will read these prompts once more
+                paths.write_text(self._note(), json.dumps(noted))
+        return least[:common]
+
+    def holds(self, prompts: Sequence[Sequence[int]], beginning: Sequence[int] = ()) -> bool:
         """Whether `fetch` would find all of these prompts, as a training cuts them into blocks; they count as used."""
         if self.folder is None:
             return False
         try:
-            for path in [self._path(block.name) for ids in prompts for block in self._laid_out(ids, "", 0)]:
+            for path in [self._path(block.name) for blocks in self._rows(prompts, "", beginning) for block in blocks]:
                 os.utime(path)
         except OSError:  # as in `_read`: what cannot be used is not there
             return False
@@ -262,32 +287,61 @@ class PromptCache:
         self._beginnings.move_to_end(name)
         return self._beginnings[name][1]
 
-    def _cuts(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Where to end a block of each prompt: after all that it has in common with others now, or had lately.
+    def _rows(self, prompts: Sequence[Sequence[int]], weights: str, beginning: Sequence[int]) -> list[list[Block]]:
+        """The prompts in blocks, as a training cuts them: those that begin so, after `beginning`."""
+        begin = len(beginning)
+        cuts = [begin if list(ids[:begin]) == list(beginning) else 0 for ids in prompts]
+        return [self._laid_out(ids, weights, [0, cut]) for ids, cut in zip(prompts, cuts, strict=True)]
+
+    def _shared_rows(self, prompts: Sequence[Sequence[int]], weights: str) -> list[list[Block]]:
+        """The prompts in blocks, one of which ends after what a prompt has in common with others now, or had lately.
 
         Of what few-shot prompts share, nothing is then read for each of them.
         """
         alike: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         for ids in prompts:
             alike.setdefault(tuple(ids[:BLOCK]), []).append(tuple(ids))
+        self._look()
         cuts = {}
         for first, members in alike.items():
             common = len(os.path.commonprefix(members)) if len(members) > 1 else 0
-            lately = max((len(ids) for ids, _ in self._beginnings.values() if members[0][: len(ids)] == ids), default=0)
+            trained = max((count for count, name in self._known
+                           if all(len(ids) >= count and self._blocks(ids[:count], weights)[-1].name == name
+                                  for ids in members)), default=0)
+            held = [len(ids) for ids, _ in self._beginnings.values() if members[0][: len(ids)] == ids]
+            lately = max([trained, *held])
             # A few tokens more in common are chance, and with another cut nothing of before would be found.
             cut = common if common >= lately + BLOCK else min(lately, common or lately)
-            cuts[first] = cut if cut > BLOCK else 0
-        return [cuts[tuple(ids[:BLOCK])] for ids in prompts]
+            cuts[first] = [0, trained, cut if cut > BLOCK else trained]
+        return [self._laid_out(ids, weights, cuts[tuple(ids[:BLOCK])]) for ids in prompts]
 
-    def _laid_out(self, ids: Sequence[int], weights: str, cut: int) -> list[Block]:
-        """The prompt in blocks, one of which ends at `cut`, unless it is kept without: a training cuts nowhere."""
-        model = f"{self.model.digest}/{weights}"
-        plain = layout.blocks(ids, model)
-        if cut % BLOCK == 0 or (self.folder is not None and self._path(plain[cut // BLOCK].name).exists()):
-            return plain
-        return layout.blocks(ids, model, cut)
+    def _laid_out(self, ids: Sequence[int], weights: str, cuts: Sequence[int]) -> list[Block]:
+        """The prompt in blocks, one of which ends at the last of `cuts`, unless it is kept with one of those before."""
+        found, last = [], cuts[-1]
+        for cut in cuts:
+            found = self._blocks(ids, weights, cut)
+            parted = next((block for block in found if block.position < last < block.position + len(block.ids)), None)
+            if parted is None or (self.folder is not None and self._path(parted.name).exists()):
+                break
+        return found
+
+    def _blocks(self, ids: Sequence[int], weights: str = "", cut: int = 0) -> list[Block]:
+        return layout.blocks(ids, f"{self.model.digest}/{weights}", cut)
+
+    def _look(self) -> None:
+        """Learn what the latest trainings' prompts begin with, in whichever process they ran."""
+        if self.folder is not None:
+            with suppress(OSError, ValueError):  # there were none
+                version = self._note().stat().st_mtime_ns
+                if version != self._version:
+                    self._known = [(count, name) for count, name in json.loads(self._note().read_text())]
+                    self._version = version
 
     # --- files -----------------------------------------------------------------------------
+
+    def _note(self) -> Path:
+        assert self.folder is not None
+        return self.folder.with_suffix(".json")
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None

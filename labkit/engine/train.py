@@ -113,6 +113,7 @@ class Trainer:
         if cache.entries is None or not cache.entries.serve(adapter, self.passed):
             cache.entries = Entries(model, adapter, cache.folder and cache.folder.parent, self.passed)
         self.entries = cache.entries
+        self.beginning = cache.beginning(self._cached(self.training))
 
     def run(self) -> Iterator[Prepared | Step | Epoch]:
         """Train to the end from wherever this trainer stands (the start, or a restored state)."""
@@ -182,7 +183,7 @@ class Trainer:
         done = 0
         for batch in self._groups(self.passed, AT_ONCE):
             held = self.entries.hold(batch)
-            if not (held and self.cache.holds(self._cached(batch))):
+            if not (held and self.cache.holds(self._cached(batch), self.beginning)):
                 past = self._past(batch)
                 if not held:
                     tails = self._tails(batch, past)
@@ -249,7 +250,7 @@ class Trainer:
 
     def _past(self, batch: Sequence[Encoded], first: int = 0) -> Past:
         """The prompts' cached part, from layer `first` on."""
-        return self.cache.fetch(self._cached(batch), first=first)[0]
+        return self.cache.fetch(self._cached(batch), first=first, beginning=self.beginning)[0]
 
     def _cached(self, batch: Sequence[Encoded]) -> list[list[int]]:
         """What the cache keeps of the prompts."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from labkit.engine import adapter as adapters
 from labkit.engine import attention, encode, generate, model, train
-from labkit.engine.cache import ROOM, PromptCache
+from labkit.engine.cache import LEAST, ROOM, PromptCache
 from labkit.engine.layout import BLOCK
 from labkit.examples import Chat, Completion, auto_epochs, check
 from tests import tiny
@@ -341,9 +341,30 @@ def test_what_prompts_share_is_read_once_to_the_last_token(llama: model.BaseMode
     assert past.lengths == [10 + len(shared)]
     past, _ = cache.fetch(prompts[2:] + [[9, *prompts[3]]], share=True)
     assert past.lengths == [10, 10, len(prompts[3]) + 1] and past.shared[0].rows == [0, 1]
-    kept = {tuple(ids[:cut]) for ids, cut in zip(prompts, cache._cuts(prompts), strict=True)}
-    assert kept == {tuple(shared)}
-    assert cache._cuts([ids[:BLOCK] for ids in prompts]) == [0] * 4  # a whole block is cut there anyway
+    for blocks in cache._shared_rows(prompts, ""):
+        assert len(shared) in [block.position for block in blocks]
+    for blocks in cache._shared_rows([ids[:BLOCK] for ids in prompts], ""):
+        assert len(blocks) == 1  # a whole block is cut there anyway
+
+
+def test_what_a_trainings_prompts_begin_with_is_read_once(llama: model.BaseModel, tmp_path: Path) -> None:
+    shared = [(3 * i) % 300 for i in range(LEAST)]
+    prompts = [[*shared, *([number + 7] * 2 * BLOCK)] for number in range(4)]
+    answers, training = (PromptCache(llama, tmp_path / "prompts") for _ in range(2))  # as in two processes
+    answers.fetch(prompts[:1], share=True)
+    beginning = training.beginning(prompts)
+    assert beginning == shared and not training.holds(prompts, beginning)
+    past, found = training.fetch(prompts, beginning=beginning)
+    whole = len(prompts[0])
+    assert found == [whole, 0, 0, 0], "what was asked before the training is not read again"
+    assert training.computed == LEAST + 3 * 2 * BLOCK and training.holds(prompts, beginning)
+    assert answers.fetch(prompts, share=True)[1] == [whole] * 4
+    fresh = [*shared, *([20] * BLOCK)]
+    assert answers.fetch([fresh, [5, *fresh]], share=True)[1] == [LEAST, 0]
+    for row, ids in enumerate(prompts):
+        alone = PromptCache(llama, None).fetch([ids])[0].states[:, :, 0]
+        torch.testing.assert_close(past.states[:, :, row], alone, atol=1e-5, rtol=1e-4)
+    assert training.beginning([ids[1:] for ids in prompts]) == [], "too little to cut for"
 
 
 def test_what_a_training_has_read_is_found_for_answers(llama: model.BaseModel, tmp_path: Path) -> None:
