@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 PAD = 32  # a prompt's last, shorter block is computed at a multiple of this width
 LEAST = 16  # tokens beyond whole blocks that a training's prompts must have in common to be cut after them
-REMEMBERED = 8  # such beginnings of the latest trainings
+REMEMBERED = 32  # such beginnings of the latest trainings
 BEGINNINGS = 4  # of few-shot prompts and the like that stay in memory; 47 MB each at most for SmolLM2-135M
 TRAILER = 4  # bytes of CRC-32 at the end of a file
 ROOM = 1 << 30  # bytes that stay free on the disk: without any, jobs pause and uploads fail
@@ -142,9 +142,9 @@ class PromptCache:
         `following` each prompt is then read in the same pass, where no prompt was found whole. Only
         the layers from number `first` on are returned. What is not shared is cut after `beginning`.
         """
-        share = share and self.model.constant_past
         weights = adapter.digest if adapter else ""
-        rows = self._shared_rows(prompts, weights) if share else self._rows(prompts, weights, beginning)
+        rows = self._answer_rows(prompts, weights) if share else self._rows(prompts, weights, beginning)
+        share = share and self.model.constant_past
         held: dict[str, torch.Tensor] = {}
         found = []
         for blocks in rows:
@@ -220,11 +220,12 @@ class PromptCache:
             for blocks, begin in zip(rows, missing, strict=True):
                 if begin == level:
                     alike.setdefault(blocks[level].name, []).append(blocks)
-            todo: dict[int, list[list[Block]]] = {}  # by width
+            todo: dict[tuple[int, int], list[list[Block]]] = {}  # by width and, for a training, by what is past
             for members in alike.values():
                 part = layout.common(members)[: level + (ROWS if share else 1)]
                 tokens = sum(len(block.ids) for block in part[level:]) + (part[-1].name in endings)
-                todo.setdefault(tokens if share else -(-tokens // PAD) * PAD, []).append(part)
+                key = (tokens, 0) if share else (-(-tokens // PAD) * PAD, part[level].position)
+                todo.setdefault(key, []).append(part)
             for width, parts in layout.packed(todo) if share else layout.by_width(todo):
                 ahead |= self._forward(parts, level, width, held, share, endings)
 
@@ -287,43 +288,54 @@ class PromptCache:
         self._beginnings.move_to_end(name)
         return self._beginnings[name][1]
 
-    def _rows(self, prompts: Sequence[Sequence[int]], weights: str, beginning: Sequence[int]) -> list[list[Block]]:
-        """The prompts in blocks, as a training cuts them: those that begin so, after `beginning`."""
-        begin = len(beginning)
-        cuts = [begin if list(ids[:begin]) == list(beginning) else 0 for ids in prompts]
-        return [self._laid_out(ids, weights, [0, cut]) for ids, cut in zip(prompts, cuts, strict=True)]
+    def _rows(
+        self, prompts: Sequence[Sequence[int]], weights: str, beginning: Sequence[int]
+    ) -> list[list[Block]]:
+        """The prompts in blocks for a training: those that begin so are cut after `beginning`.
 
-    def _shared_rows(self, prompts: Sequence[Sequence[int]], weights: str) -> list[list[Block]]:
+        A prompt that is kept as it was cut for something else stays as it is.
+        """
+        self._look()
+        rows, begin = [], len(beginning)
+        for ids in prompts:
+            own = begin if list(ids[:begin]) == list(beginning) else 0
+            ways = (self._blocks(ids, weights, cut) for cut in dict.fromkeys([own, 0, *self._trained(ids, weights)]))
+            kept = next((blocks for blocks in ways if blocks and self._exists(blocks[-1])), None)
+            rows.append(self._blocks(ids, weights, own) if kept is None else kept)
+        return rows
+
+    def _answer_rows(self, prompts: Sequence[Sequence[int]], weights: str) -> list[list[Block]]:
         """The prompts in blocks, one of which ends after what a prompt has in common with others now, or had lately.
 
-        Of what few-shot prompts share, nothing is then read for each of them.
+        Of what few-shot prompts share, nothing is then read for each of them. Other prompts are cut
+        where a training would cut them. What is kept up to there as it was cut otherwise stays as it is.
         """
-        alike: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        for ids in prompts:
-            alike.setdefault(tuple(ids[:BLOCK]), []).append(tuple(ids))
         self._look()
+        trained = [tuple(self._trained(ids, weights)) for ids in prompts]
+        alike: dict[tuple[tuple[int, ...], ...], list[tuple[int, ...]]] = {}
+        for ids, known in zip(prompts, trained, strict=True):
+            alike.setdefault((known, tuple(ids[:BLOCK])), []).append(tuple(ids))
         cuts = {}
-        for first, members in alike.items():
-            common = len(os.path.commonprefix(members)) if len(members) > 1 else 0
-            trained = max((count for count, name in self._known
-                           if all(len(ids) >= count and self._blocks(ids[:count], weights)[-1].name == name
-                                  for ids in members)), default=0)
+        for (known, first), members in alike.items():
+            common = len(os.path.commonprefix(members)) if len(members) > 1 and self.model.constant_past else 0
             held = [len(ids) for ids, _ in self._beginnings.values() if members[0][: len(ids)] == ids]
-            lately = max([trained, *held])
+            lately = max([0, *known, *held])
             # A few tokens more in common are chance, and with another cut nothing of before would be found.
             cut = common if common >= lately + BLOCK else min(lately, common or lately)
-            cuts[first] = [0, trained, cut if cut > BLOCK else trained]
-        return [self._laid_out(ids, weights, cuts[tuple(ids[:BLOCK])]) for ids in prompts]
+            cuts[known, first] = [0, *known, cut if cut > BLOCK else max([0, *known])]
+        rows = []
+        for ids, known in zip(prompts, trained, strict=True):
+            *others, cut = cuts[known, tuple(ids[:BLOCK])]
+            ways = (self._blocks(ids, weights, other) for other in others)
+            kept = next((blocks for blocks in ways for block in blocks
+                         if block.position < cut <= block.position + len(block.ids) and self._exists(block)), None)
+            rows.append(self._blocks(ids, weights, cut) if kept is None else kept)
+        return rows
 
-    def _laid_out(self, ids: Sequence[int], weights: str, cuts: Sequence[int]) -> list[Block]:
-        """The prompt in blocks, one of which ends at the last of `cuts`, unless it is kept with one of those before."""
-        found, last = [], cuts[-1]
-        for cut in cuts:
-            found = self._blocks(ids, weights, cut)
-            parted = next((block for block in found if block.position < last < block.position + len(block.ids)), None)
-            if parted is None or (self.folder is not None and self._path(parted.name).exists()):
-                break
-        return found
+    def _trained(self, ids: Sequence[int], weights: str) -> list[int]:
+        """How many tokens each of the known beginnings has that this prompt begins with."""
+        return [count for count, name in self._known
+                if len(ids) >= count and self._blocks(ids[:count], weights)[-1].name == name]
 
     def _blocks(self, ids: Sequence[int], weights: str = "", cut: int = 0) -> list[Block]:
         return layout.blocks(ids, f"{self.model.digest}/{weights}", cut)
@@ -342,6 +354,9 @@ class PromptCache:
     def _note(self) -> Path:
         assert self.folder is not None
         return self.folder.with_suffix(".json")
+
+    def _exists(self, block: Block) -> bool:
+        return self.folder is not None and self._path(block.name).exists()
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None

@@ -61,16 +61,16 @@ def common(rows: list[list[Block]]) -> list[Block]:
     return rows[0][: len(os.path.commonprefix([[block.name for block in row] for row in rows]))]
 
 
-def by_width(todo: dict[int, list[list[Block]]]) -> Iterator[tuple[int, list[list[Block]]]]:
-    """Passes of rows of the same width: what comes out does not depend on the others then."""
-    for width, rows in sorted(todo.items()):
+def by_width(todo: dict[tuple[int, int], list[list[Block]]]) -> Iterator[tuple[int, list[list[Block]]]]:
+    """Passes of rows of the same width and past: what comes out does not depend on the others then."""
+    for (width, _), rows in sorted(todo.items()):
         for begin in range(0, len(rows), ROWS):
             yield width, rows[begin : begin + ROWS]
 
 
-def packed(todo: dict[int, list[list[Block]]]) -> Iterator[tuple[int, list[list[Block]]]]:
+def packed(todo: dict[tuple[int, int], list[list[Block]]]) -> Iterator[tuple[int, list[list[Block]]]]:
     """Passes of rows of nearly the same width, as many as come to the same number of tokens."""
-    rows = [(width, row) for width, alike in sorted(todo.items()) for row in alike]
+    rows = [(width, row) for (width, _), alike in sorted(todo.items()) for row in alike]
     while rows:
         count = max(n for n in range(1, len(rows) + 1) if n == 1 or n * rows[n - 1][0] <= ROWS * BLOCK)
         yield rows[count - 1][0], [row for _, row in rows[:count]]

@@ -341,29 +341,33 @@ def test_what_prompts_share_is_read_once_to_the_last_token(llama: model.BaseMode
     assert past.lengths == [10 + len(shared)]
     past, _ = cache.fetch(prompts[2:] + [[9, *prompts[3]]], share=True)
     assert past.lengths == [10, 10, len(prompts[3]) + 1] and past.shared[0].rows == [0, 1]
-    for blocks in cache._shared_rows(prompts, ""):
+    for blocks in cache._answer_rows(prompts, ""):
         assert len(shared) in [block.position for block in blocks]
-    for blocks in cache._shared_rows([ids[:BLOCK] for ids in prompts], ""):
+    for blocks in cache._answer_rows([ids[:BLOCK] for ids in prompts], ""):
         assert len(blocks) == 1  # a whole block is cut there anyway
 
 
-def test_what_a_trainings_prompts_begin_with_is_read_once(llama: model.BaseModel, tmp_path: Path) -> None:
-    shared = [(3 * i) % 300 for i in range(LEAST)]
-    prompts = [[*shared, *([number + 7] * 2 * BLOCK)] for number in range(4)]
-    answers, training = (PromptCache(llama, tmp_path / "prompts") for _ in range(2))  # as in two processes
+def test_what_a_trainings_prompts_begin_with_is_read_once(base: model.BaseModel, tmp_path: Path) -> None:
+    shared = [(3 * i) % 250 for i in range(LEAST)]
+    prompts = [[*shared, *([number + 7] * BLOCK), *([number + 9] * 10)] for number in range(4)]
+    whole = len(prompts[0])
+    answers, training = (PromptCache(base, tmp_path / "prompts") for _ in range(2))  # as in two processes
     answers.fetch(prompts[:1], share=True)
     beginning = training.beginning(prompts)
     assert beginning == shared and not training.holds(prompts, beginning)
     past, found = training.fetch(prompts, beginning=beginning)
-    whole = len(prompts[0])
     assert found == [whole, 0, 0, 0], "what was asked before the training is not read again"
-    assert training.computed == LEAST + 3 * 2 * BLOCK and training.holds(prompts, beginning)
-    assert answers.fetch(prompts, share=True)[1] == [whole] * 4
+    assert training.computed == LEAST + 3 * (whole - LEAST) and training.holds(prompts, beginning)
+    for asked in (prompts, prompts[3:], prompts[2:3] * 2):
+        assert answers.fetch(asked, share=True)[1] == [whole] * len(asked)
     fresh = [*shared, *([20] * BLOCK)]
     assert answers.fetch([fresh, [5, *fresh]], share=True)[1] == [LEAST, 0]
     for row, ids in enumerate(prompts):
-        alone = PromptCache(llama, None).fetch([ids])[0].states[:, :, 0]
+        alone = PromptCache(base, None).fetch([ids])[0].states[:, :, 0]
         torch.testing.assert_close(past.states[:, :, row], alone, atol=1e-5, rtol=1e-4)
+    # Fewer examples may have more in common, others less: what was read for the first training serves them.
+    assert training.fetch(prompts[1:], beginning=prompts[1][: LEAST + 2])[1] == [whole] * 3
+    assert training.fetch(prompts[1:])[1] == [whole] * 3
     assert training.beginning([ids[1:] for ids in prompts]) == [], "too little to cut for"
 
 
