@@ -121,8 +121,6 @@ class PromptCache:
         self.limit = limit
         self.computed = self.reused = 0  # tokens, for tests and for `usage`
         self.full = False  # there was no room: go on without keeping
-        self._known: list[tuple[int, str]] = []  # what trainings' prompts begin with: tokens, and the last block's name
-        self._version = 0  # of the file that tells so
         self._since = math.inf  # what was used later, in seconds since 1970, is not evicted
         self.entries: Entries | None = None  # of the last training, for one on the same examples
         self._verified: set[str] = set()
@@ -180,17 +178,15 @@ class PromptCache:
 
         It is noted beside the cache, so that answers, which another process gives, cut after it as well.
         """
-        least, most = min(prompts), max(prompts)  # what these two begin with, all do
-        common = next((i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), min(map(len, prompts)))
-        if common % BLOCK < LEAST:
+        common = list(os.path.commonprefix(prompts))
+        if len(common) % BLOCK < LEAST:
             return []
-        latest = (common, self._blocks(least[:common])[-1].name)
-        self._look()
-        if self.folder is not None and self._known[-1:] != [latest]:
-            noted = [*(one for one in self._known if one != latest), latest][-REMEMBERED:]
+        latest, known = [len(common), self._blocks(common)[-1].name], self._known()
+        if self.folder is not None and known[-1:] != [latest]:
+            noted = [*(one for one in known if one != latest), latest][-REMEMBERED:]
             with suppress(OSError):  # a full disk: answers will read these prompts once more
                 paths.write_text(self._note(), json.dumps(noted))
-        return least[:common]
+        return common
 
     def holds(self, prompts: Sequence[Sequence[int]], beginning: Sequence[int] = ()) -> bool:
         """Whether `fetch` would find all of these prompts, as a training cuts them into blocks; they count as used."""
@@ -295,13 +291,11 @@ class PromptCache:
 
         A prompt that is kept as it was cut for something else stays as it is.
         """
-        self._look()
-        rows, begin = [], len(beginning)
+        rows, begin, known = [], len(beginning), self._known()
         for ids in prompts:
             own = begin if list(ids[:begin]) == list(beginning) else 0
-            ways = (self._blocks(ids, weights, cut) for cut in dict.fromkeys([own, 0, *self._trained(ids, weights)]))
-            kept = next((blocks for blocks in ways if blocks and self._exists(blocks[-1])), None)
-            rows.append(self._blocks(ids, weights, own) if kept is None else kept)
+            cuts = [own, 0, *self._trained(ids, weights, known), own]
+            rows.append(self._laid_out(ids, weights, cuts, len(ids) - 1))
         return rows
 
     def _answer_rows(self, prompts: Sequence[Sequence[int]], weights: str) -> list[list[Block]]:
@@ -310,44 +304,46 @@ class PromptCache:
         Of what few-shot prompts share, nothing is then read for each of them. Other prompts are cut
         where a training would cut them. What is kept up to there as it was cut otherwise stays as it is.
         """
-        self._look()
-        trained = [tuple(self._trained(ids, weights)) for ids in prompts]
+        known = self._known()
+        groups = [((0, *self._trained(ids, weights, known)), tuple(ids[:BLOCK])) for ids in prompts]
         alike: dict[tuple[tuple[int, ...], ...], list[tuple[int, ...]]] = {}
-        for ids, known in zip(prompts, trained, strict=True):
-            alike.setdefault((known, tuple(ids[:BLOCK])), []).append(tuple(ids))
+        for ids, group in zip(prompts, groups, strict=True):
+            alike.setdefault(group, []).append(tuple(ids))
         cuts = {}
-        for (known, first), members in alike.items():
+        for (trained, first), members in alike.items():
             common = len(os.path.commonprefix(members)) if len(members) > 1 and self.model.constant_past else 0
             held = [len(ids) for ids, _ in self._beginnings.values() if members[0][: len(ids)] == ids]
-            lately = max([0, *known, *held])
+            lately = max(*trained, *held, 0)
             # A few tokens more in common are chance, and with another cut nothing of before would be found.
             cut = common if common >= lately + BLOCK else min(lately, common or lately)
-            cuts[known, first] = [0, *known, cut if cut > BLOCK else max([0, *known])]
-        rows = []
-        for ids, known in zip(prompts, trained, strict=True):
-            *others, cut = cuts[known, tuple(ids[:BLOCK])]
-            ways = (self._blocks(ids, weights, other) for other in others)
-            kept = next((blocks for blocks in ways for block in blocks
-                         if block.position < cut <= block.position + len(block.ids) and self._exists(block)), None)
-            rows.append(self._blocks(ids, weights, cut) if kept is None else kept)
-        return rows
+            cuts[trained, first] = cut if cut > BLOCK else max(trained)
+        return [self._laid_out(ids, weights, [*group[0], cuts[group]], cuts[group] - 1)
+                for ids, group in zip(prompts, groups, strict=True)]
 
-    def _trained(self, ids: Sequence[int], weights: str) -> list[int]:
+    def _laid_out(self, ids: Sequence[int], weights: str, cuts: Sequence[int], place: int) -> list[Block]:
+        """The prompt in blocks, one of which ends at a cut: the first with which token `place` is kept, or the last."""
+        blocks: list[Block] = []
+        for cut in cuts:
+            blocks = self._blocks(ids, weights, cut)
+            holding = [block for block in blocks if block.position <= place < block.position + len(block.ids)]
+            if any(map(self._exists, holding)):
+                break
+        return blocks
+
+    def _trained(self, ids: Sequence[int], weights: str, known: Sequence[list[Any]]) -> list[int]:
         """How many tokens each of the known beginnings has that this prompt begins with."""
-        return [count for count, name in self._known
+        return [count for count, name in known
                 if len(ids) >= count and self._blocks(ids[:count], weights)[-1].name == name]
 
     def _blocks(self, ids: Sequence[int], weights: str = "", cut: int = 0) -> list[Block]:
         return layout.blocks(ids, f"{self.model.digest}/{weights}", cut)
 
-    def _look(self) -> None:
-        """Learn what the latest trainings' prompts begin with, in whichever process they ran."""
+    def _known(self) -> list[list[Any]]:
+        """What trainings' prompts begin with, in whichever process they ran: how many tokens, the last block's name."""
         if self.folder is not None:
             with suppress(OSError, ValueError):  # there were none
-                version = self._note().stat().st_mtime_ns
-                if version != self._version:
-                    self._known = [(count, name) for count, name in json.loads(self._note().read_text())]
-                    self._version = version
+                return json.loads(self._note().read_text())
+        return []
 
     # --- files -----------------------------------------------------------------------------
 

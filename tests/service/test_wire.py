@@ -83,7 +83,7 @@ def test_a_wrong_key_is_an_authentication_error(service: RunningService) -> None
 def test_an_answers_line_stands_in_the_log_when_it_arrives(service: RunningService) -> None:
     begin, ids = service.log_file.stat().st_size, set()
     for _ in range(300):
-        status, _, received = send(service, "GET", "/v1/models")
+        _, _, received = send(service, "GET", "/v1/models")
         with open(service.log_file, "rb") as log:
             log.seek(begin)
             assert received["x-request-id"] in log.read().decode()
