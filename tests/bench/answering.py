@@ -68,27 +68,29 @@ def generate(client: openai.OpenAI, sheet: Sheet, dtype: str) -> None:
     asks = [{"model": BASE, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "logit_bias": never}
             for prompt in prompts]
 
-    def ours(ask: dict[str, Any]) -> None:
-        made = client.completions.create(**ask)
-        assert made.usage and made.usage.completion_tokens == NEW_TOKENS
+    def spent(server: openai.OpenAI, streams: int) -> list[float]:
+        def complete(ask: dict[str, Any]) -> None:
+            made = server.completions.create(**ask)
+            assert made.usage and made.usage.completion_tokens == NEW_TOKENS
+
+        with ThreadPoolExecutor(streams) as pool:
+            return [seconds(lambda: list(pool.map(complete, asks[:streams]))) for _ in range(RUNS + 1)][1:]
 
     for streams in (1, 16):
-        some = asks[:streams]
-        with ThreadPoolExecutor(streams) as pool:
-            spent = [seconds(lambda s=some: list(pool.map(ours, s))) for _ in range(RUNS + 1)][1:]
         theirs = rivals.run("generate", folder=str(assets.base_model()), dtype=dtype, prompts=prompts[:streams],
                             count=NEW_TOKENS, runs=RUNS)
-        rate = sheet.figure("generate", f"service, {streams} streams", _rates(spent, streams), "tokens/s")
+        rate = sheet.figure("generate", f"service, {streams} streams", _rates(spent(client, streams), streams),
+                            "tokens/s")
         rival = sheet.figure("generate", f"transformers, {streams} streams", _rates(theirs["seconds"], streams),
                              "tokens/s")
         sheet.ratio("generate", f"service / transformers, {streams} streams", rate / rival, (">=", 1))
         try:
-            found = rivals.run("llama", "llama_cpp", asks=some, runs=RUNS)
+            with rivals.llama() as server:
+                rival = sheet.figure("generate", f"llama.cpp's server, Q4_1, {streams} streams",
+                                     _rates(spent(server, streams), streams), "tokens/s")
         except MissingRival as missing:
             sheet.skip("generate", f"llama.cpp: {missing}")
             continue
-        rival = sheet.figure("generate", f"llama.cpp's server, Q4_1, {streams} streams",
-                             _rates(found["seconds"], streams), "tokens/s")
         sheet.ratio("generate", f"service / llama.cpp's server, {streams} streams", rate / rival)
 
 

