@@ -22,8 +22,8 @@ from labkit import assets, paths, pricing
 FREE_FIX, FREE_WARN = 1e9, 10e9  # bytes: the model while it is made; and the prompt cache, which takes up to 8 GB
 MEMORY_FIX, MEMORY_WARN = 2e9, 4e9  # bytes: service and worker hold the model, torch and a batch each
 HOSTS = ("huggingface.co", "ndownloader.figshare.com")  # second source of the model, first of the posts
-ASK_TORCH = ("import json; from labkit.engine import machine; "
-             "print(json.dumps(machine.measured() | {'dtype': str(machine.fast_dtype())[6:]}))")
+ASK_TORCH = ("import json; from labkit.engine import machine; dtype = machine.fast_dtype(); "
+             "print(json.dumps(machine.measured() | {'dtype': str(dtype)[6:], 'int8': machine.int8_pays(dtype)}))")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def examine() -> Iterator[Line]:
 
 
 def machine() -> dict[str, Any]:
-    """What torch is quick in here: `dtype`, `threads`, `torch` (version), `flops` by dtype.
+    """What torch is quick in here: `dtype`, `int8` (for prompts), `threads`, `torch` (version), `flops` by dtype.
 
     Raises `RuntimeError` with torch's own words when it does not run.
     """
@@ -188,8 +188,9 @@ def _engine() -> Line:
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         return Line("FIX", f"torch does not run here: {error}", "python -m pip install --force-reinstall torch, in the "
                     "version of requirements.txt; on Windows, also the Visual C++ Redistributable")
-    speeds = ", ".join(f"{kind} {flops / 1e9:,.0f} GFLOPS" for kind, flops in found["flops"].items())
-    return Line("OK", f"torch {found['torch']} computes in {found['dtype']} on {found['threads']} thread(s); "
+    speeds = ", ".join(f"{kind} {flops / 1e9:,.0f} GFLOPS" for kind, flops in found["flops"].items() if flops)
+    prompts = ", prompts in int8" if found["int8"] else ""
+    return Line("OK", f"torch {found['torch']} computes in {found['dtype']}{prompts} on {found['threads']} thread(s); "
                       f"measured: {speeds}{', with packed weights' if found['packed'][found['dtype']] else ''}"
                       f"{'' if found['quiet'] else '; the machine was busy meanwhile'}")
 

@@ -1,6 +1,7 @@
 """The engine: tensors only. It knows nothing of HTTP, jobs, files of users or keys.
 
     machine.py    the number format this machine is quick in, and the form of weights
+    int8.py       products with weights and inputs rounded to bytes, for prompts
     packed.py     linear maps with weights in the order in which they are multiplied
     attention.py  of fresh tokens over a past that is constant, or that several prompts share
     model.py      the base model and its tokenizer

@@ -33,7 +33,7 @@ from transformers import DynamicCache
 
 from labkit import paths
 from labkit.engine import adapter as adapters
-from labkit.engine import attention, layout
+from labkit.engine import attention, int8, layout
 from labkit.engine.adapter import Adapter
 from labkit.engine.attention import Shared
 from labkit.engine.layout import BLOCK, ROWS, Block
@@ -155,7 +155,10 @@ class PromptCache:
                     held[block.name] = states
                 known += len(block.ids)
             found.append(known)
-        with adapters.active(self.model, adapter) if sum(found) < sum(map(len, prompts)) else nullcontext():
+        missing = sum(found) < sum(map(len, prompts))
+        # An adapter that acts on prompts is trained in the network's own format, and answers in it.
+        with adapters.active(self.model, adapter) if missing else nullcontext(), (
+                nullcontext() if adapter else int8.products()):
             ahead = self._compute(rows, held, share, layout.endings(rows, following))
         self.reused += sum(found)
         past = self._assemble(rows, held, share, first)

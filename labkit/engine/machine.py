@@ -1,6 +1,7 @@
 """What this machine is quick with: number format, form of weights, threads; measured once, kept under LABKIT_HOME."""
 
 import json
+import math
 import os
 import platform
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from labkit import paths
-from labkit.engine import packed
+from labkit.engine import int8, packed
 from labkit.errors import LabkitError
 
 FLOPS = 2 * 512 * 576 * 1536  # operations of the product that is timed, as large as one of SmolLM2's layers
@@ -19,6 +20,7 @@ SECONDS = 0.05  # of a core, to time it in each format and form, and with each n
 AVAILABLE = torch.get_num_threads()  # threads, by torch's own choice: one for each core, or OMP_NUM_THREADS
 SPARE = 0.95  # fewer are taken only if they need less than this share of the time
 QUIET = 0.9  # of the time a lone thread must have had a core, or the machine was too busy to be measured
+SLOW = 20  # times a plain product of 64 x 64 x 64: oneDNN's quick way takes 5 times as long, its slow one 200 times
 TRUSTED = 600.0  # seconds for which what a busy machine seemed quick with is believed
 
 
@@ -41,6 +43,14 @@ def packing_pays(dtype: torch.dtype) -> bool:
     return measured()["packed"][str(dtype).removeprefix("torch.")]
 
 
+def int8_pays(dtype: torch.dtype) -> bool:
+    """Whether a product in int8 (see `int8`), its rounding included, is quicker than one in this format.
+
+    Never where LABKIT_DTYPE asks for a format.
+    """
+    return "LABKIT_DTYPE" not in os.environ and measured()["int8"][str(dtype).removeprefix("torch.")]
+
+
 def use_threads() -> None:
     """Let torch compute in as many threads as were quickest here, in this process."""
     torch.set_num_threads(measured()["threads"])
@@ -49,10 +59,13 @@ def use_threads() -> None:
 def measured() -> dict[str, Any]:
     """`dtype`, the quicker of the two, `flops` (operations a second) by format, `threads`, and `torch` (version).
 
-    `packed` tells by format whether weights in oneDNN's order were quicker. `threads` are as many
-    as were quickest of those `available`: a processor with slow cores beside quick ones waits for
-    the slow ones. Measured in a second or two, and again only with another machine, version or
-    number of cores, or if the machine was busy, `quiet` False: after ten minutes then.
+    `flops` has int8's too, with rounding to it from `dtype`; 0 if this processor has no quick way to it.
+
+    `packed` tells by format whether weights in oneDNN's order were quicker, `int8` whether rounding to
+    int8 was quicker still. `threads` are as many as were quickest of those `available`: a processor with
+    slow cores beside quick ones waits for the slow ones. Measured in a second or two, and again only
+    with another machine, version or number of cores, or if the machine was busy, `quiet` False: after
+    ten minutes then.
     """
     note = paths.home() / "machine.json"
     here = {"processor": platform.processor() or platform.machine(), "node": platform.node(),
@@ -61,7 +74,7 @@ def measured() -> dict[str, Any]:
         remembered, age = json.loads(note.read_text()), time.time() - note.stat().st_mtime
     except (OSError, ValueError):
         remembered, age = {}, 0.0
-    if all(remembered.get(key) == value for key, value in here.items()) and (
+    if all(remembered.get(key) == value for key, value in here.items()) and "int8" in remembered and (
             remembered.get("quiet") or "quiet" in remembered and age < TRUSTED):
         return remembered
     found = here | _measure()
@@ -74,11 +87,13 @@ def _measure() -> dict[str, Any]:
     wall, cpu = time.perf_counter(), time.thread_time()
     seconds = {name: _product_seconds(name, threads=1) for name in ("float32", "bfloat16")}
     quiet = time.thread_time() - cpu > QUIET * (time.perf_counter() - wall)
-    best = {name: min(both) for name, both in seconds.items()}
+    best = {name: min(ways[:2]) for name, ways in seconds.items()}  # attention's products are in the format itself
     dtype = min(best, key=lambda name: best[name])
     threads = _quickest_threads(dtype) if quiet else AVAILABLE
-    return {"flops": {name: FLOPS / min(_product_seconds(name, threads)) for name in seconds}, "dtype": dtype,
-            "packed": {name: ordered < plain for name, (plain, ordered) in seconds.items()},
+    flops = {name: FLOPS / min(_product_seconds(name, threads)[:2]) for name in seconds}
+    return {"flops": flops | {"int8": FLOPS / _product_seconds(dtype, threads)[2]}, "dtype": dtype,
+            "packed": {name: ordered < plain for name, (plain, ordered, _) in seconds.items()},
+            "int8": {name: ways[2] < SPARE * ways[1] < SPARE * ways[0] for name, ways in seconds.items()},
             "threads": threads, "quiet": quiet}
 
 
@@ -86,33 +101,49 @@ def _quickest_threads(dtype: str) -> int:
     """All that are available, or three, two or one quarter of them if that is quicker."""
     if "OMP_NUM_THREADS" in os.environ:  # somebody has chosen
         return AVAILABLE
-    best, least = AVAILABLE, min(_product_seconds(dtype, AVAILABLE))
+    best, least = AVAILABLE, min(_product_seconds(dtype, AVAILABLE)[:2])
     for count in sorted({max(1, AVAILABLE * quarters // 4) for quarters in (1, 2, 3)} - {AVAILABLE}, reverse=True):
-        spent = min(_product_seconds(dtype, count))
+        spent = min(_product_seconds(dtype, count)[:2])
         if spent < SPARE * least:
             best, least = count, spent
     return best
 
 
-def _product_seconds(dtype: str, threads: int) -> tuple[float, float]:
-    """The best time of several products, with plain weights and with packed ones (infinite if there is no such way).
+def _product_seconds(dtype: str, threads: int) -> tuple[float, float, float]:
+    """The best time of several products: with plain weights, packed ones, in int8 (infinite if there is no such way).
 
-    In turn, so that both have the same luck, until this thread has had a core for `SECONDS` each:
+    In turn, so that all have the same luck, until this thread has had a core for `SECONDS` each:
     a worker gives way to other programs, and may wait that long in the midst of its first product.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     left, right = (torch.ones(size, dtype=getattr(torch, dtype)) for size in ((512, 576), (1536, 576)))
-    ways: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(left, right)]
+    ways: dict[str, Callable[[], object]] = {"plain": lambda: torch.nn.functional.linear(left, right)}
     with suppress(AttributeError, RuntimeError):  # this processor or platform has none
         ordered = packed.pack(right)
         packed.product(left, ordered)
-        ways.append(lambda: packed.product(left, ordered))
+        ways["packed"] = lambda: packed.product(left, ordered)
+        if _has_int8(left.dtype):
+            eight = int8.Weights(right)
+            ways["int8"] = lambda: eight.product(int8.round_tokens(left), left.dtype)
     try:
-        plain, *others = _best_seconds(ways)
-        return plain, others[0] if others else float("inf")
+        best = dict(zip(ways, _best_seconds(list(ways.values())), strict=True))
+        return best["plain"], best.get("packed", math.inf), best.get("int8", math.inf)
     finally:
         torch.set_num_threads(before)
+
+
+def _has_int8(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies bytes by instructions made for it, exactly.
+
+    Older ones add pairs of products in 16 bits, which ones, as the largest numbers here, overflow; and
+    where oneDNN has no quick way at all, its slow one takes seconds for a product as large as a layer's.
+    """
+    ones = torch.ones(64, 64, dtype=dtype)
+    eight = int8.Weights(ones)
+    found = eight.product(int8.round_tokens(ones), dtype)
+    quick, plain = _best_seconds([lambda: eight.product(int8.round_tokens(ones), dtype), lambda: ones @ ones])
+    return torch.allclose(found.float(), torch.tensor(64.0), rtol=0.01) and quick < SLOW * plain
 
 
 def _best_seconds(ways: Sequence[Callable[[], object]]) -> list[float]:

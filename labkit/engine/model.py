@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from labkit import paths
 from labkit.engine import attention, packed
-from labkit.engine.machine import fast_dtype, packing_pays, use_threads
+from labkit.engine.machine import fast_dtype, int8_pays, packing_pays, use_threads
 from labkit.errors import LabkitError
 
 # For tokenizers that bring no chat template of their own, such as GPT-2's.
@@ -133,8 +133,8 @@ def _instead(layers: Sequence[torch.nn.Module], forward: Callable[..., torch.Ten
 def load(folder: Path | str, dtype: torch.dtype | None = None) -> BaseModel:
     """Load a causal LM from a folder in Hugging Face's format (any that transformers can load).
 
-    `dtype` None takes what `fast_dtype()` measured. Raises `LabkitError` when the folder holds
-    no such model.
+    `dtype` None takes what was measured to be quick here: the format, and products of prompts in int8.
+    Raises `LabkitError` when the folder holds no such model.
     """
     folder = Path(folder)
     transformers_logging.disable_progress_bar()
@@ -146,14 +146,16 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> BaseModel:
         )
         if attention.supported(type(network), network.config):
             network.set_attn_implementation(attention.NAME)
+        eight = dtype is None and int8_pays(network.dtype)
         if packing_pays(network.dtype):
-            packed.install(network)
+            packed.install(network, eight)
     except (OSError, ValueError, KeyError) as error:
         raise LabkitError(
             f"{folder} holds no causal language model that transformers can load ({error}). "
             "Name a folder with config.json, tokenizer.json and *.safetensors files."
         ) from error
-    return BaseModel(network, tokenizer, f"{_weights_digest(folder)}-{str(network.dtype).removeprefix('torch.')}")
+    form = str(network.dtype).removeprefix("torch.") + "-int8" * eight
+    return BaseModel(network, tokenizer, f"{_weights_digest(folder)}-{form}")
 
 
 def _weights_digest(folder: Path) -> str:

@@ -9,16 +9,23 @@ already; PyTorch's own compiler uses the same two operations for frozen models.
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+
+from labkit.engine import int8
 
 
 class Packed(torch.nn.Linear):
-    """`torch.nn.Linear` with frozen weights, held in oneDNN's order as well; gradients reach its input alone."""
+    """`torch.nn.Linear` with frozen weights, held in oneDNN's order as well; gradients reach its input alone.
 
-    def __init__(self, plain: torch.nn.Linear) -> None:
+    With `eight` it has them in int8 too, for what is computed within `int8.products`.
+    """
+
+    def __init__(self, plain: torch.nn.Linear, eight: bool = False) -> None:
         super().__init__(plain.in_features, plain.out_features, plain.bias is not None, device="meta")
         self.weight, self.bias = plain.weight, plain.bias
         self._ordered = pack(plain.weight.detach())
         self._transposed: torch.Tensor | None = None  # for gradients, from the first one on
+        self._eight = int8.Weights(plain.weight.detach()) if eight else None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The same as `torch.nn.Linear`, within rounding."""
@@ -28,6 +35,9 @@ class Packed(torch.nn.Linear):
 
     def product(self, input: torch.Tensor) -> torch.Tensor:
         """The result alone, without a way back for gradients."""
+        if self._eight is not None and (rounded := int8.rounded(input)) is not None:
+            found = self._eight.product(rounded, input.dtype).view(*input.shape[:-1], self.out_features)
+            return found if self.bias is None else found.add_(self.bias)
         return product(input, self._ordered, self.bias)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -48,12 +58,15 @@ class _Differentiable(torch.autograd.Function):
         return context.linear.input_gradient(gradients[0]), None
 
 
-def install(network: torch.nn.Module) -> None:
-    """Put `Packed` in the place of every linear map of a frozen network."""
+def install(network: PreTrainedModel, eight: bool = False) -> None:
+    """Put `Packed` in the place of every linear map of a frozen network; with `eight` all but the last have int8 too.
+
+    The last gives logits, a few of them for a prompt.
+    """
     for part in list(network.modules()):
         for name, child in part.named_children():
             if type(child) is torch.nn.Linear:
-                setattr(part, name, Packed(child))
+                setattr(part, name, Packed(child, eight and child is not network.get_output_embeddings()))
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,7 @@ def test_fewer_threads_are_taken_where_they_are_quicker(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(machine, "AVAILABLE", 8)
     monkeypatch.setattr(machine, "QUIET", 0.0)
-    monkeypatch.setattr(machine, "_product_seconds", lambda dtype, threads: (seconds.get(threads, 4.0), 5.0))
+    monkeypatch.setattr(machine, "_product_seconds", lambda dtype, threads: (seconds.get(threads, 4.0), 5.0, 6.0))
     before = torch.get_num_threads()
     try:
         machine.use_threads()
@@ -73,5 +73,5 @@ def test_a_number_of_threads_that_somebody_chose_is_kept(note: Path, monkeypatch
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     monkeypatch.setattr(machine, "QUIET", 0.0)  # of a busy machine threads are not measured in any case
     monkeypatch.setattr(machine, "AVAILABLE", 8)
-    monkeypatch.setattr(machine, "_product_seconds", lambda dtype, threads: (float(threads), 20.0))
+    monkeypatch.setattr(machine, "_product_seconds", lambda dtype, threads: (float(threads), 20.0, 30.0))
     assert machine.measured()["threads"] == 8

@@ -1,0 +1,81 @@
+"""Products of prompts' tokens with frozen weights in int8, where the processor is quicker with them.
+
+Weights are rounded once, with a scale for each output; what is multiplied with them is rounded
+token by token, so that a token's result does not depend on what is read beside it (both as in
+LLM.int8(), arXiv 2208.07339, but for its outliers). Sums are exact, in int32. Answers and training
+steps are computed in the network's own format: training learns around the rounding of the prompts,
+which is the same when the model answers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+Rounded = tuple[torch.Tensor, torch.Tensor]  # bytes `[tokens, in]`, and a scale for each token `[tokens, 1]`
+MIDDLE = 128  # stands for zero: oneDNN has quick products of unsigned bytes with signed ones only
+
+
+@dataclass
+class _Latest:
+    """What was rounded last: queries, keys and values are made of the same input, gate and up as well."""
+
+    input: torch.Tensor | None = None
+    rounded: Rounded = field(default_factory=lambda: (torch.empty(0), torch.empty(0)))
+
+
+_latest: ContextVar[_Latest | None] = ContextVar("latest", default=None)
+
+
+@contextmanager
+def products() -> Iterator[None]:
+    """Within the block, packed maps that have weights in int8 as well use these."""
+    token = _latest.set(_Latest())
+    try:
+        yield
+    finally:
+        _latest.reset(token)
+
+
+def rounded(input: torch.Tensor) -> Rounded | None:
+    """`input` in bytes, for `Weights.product`; None outside `products`."""
+    latest = _latest.get()
+    if latest is None:
+        return None
+    if latest.input is not input:
+        latest.input, latest.rounded = input, round_tokens(input)
+    return latest.rounded
+
+
+def round_tokens(input: torch.Tensor) -> Rounded:
+    """`[..., in]` in bytes, each token scaled so that its largest number is 127, which stands `MIDDLE` above zero."""
+    tokens = input.reshape(-1, input.shape[-1]).float()
+    least = torch.finfo(torch.float32).tiny  # of a token of zeros
+    scales = (tokens.abs().amax(-1, keepdim=True) / 127).clamp_(min=least).to(input.dtype)
+    steps = (tokens * scales.float().reciprocal()).round_().to(torch.int8)
+    return steps.bitwise_xor_(-MIDDLE).view(torch.uint8), scales
+
+
+class Weights:
+    """A matrix `[out, in]` in int8 in oneDNN's order, with a scale for each output.
+
+    Raises `AttributeError` or `RuntimeError` on a processor or platform without it.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        weight = weight.float()
+        self._scales = weight.abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
+        steps = (weight / self._scales[:, None]).round_().to(torch.int8)
+        self._ordered = torch.ops.onednn.qlinear_prepack(steps, None)
+        self._zeros = torch.zeros(len(steps), dtype=torch.int64)
+        # What `MIDDLE` adds to each sum is taken away as a bias: with a zero point some processors are slow.
+        self._shift = steps.sum(1).mul(-MIDDLE) * self._scales
+
+    def product(self, input: Rounded, dtype: torch.dtype) -> torch.Tensor:
+        """`[tokens, in]` times the matrix, `[tokens, out]`."""
+        steps, scales = input
+        found = torch.ops.onednn.qlinear_pointwise(
+            steps, 1.0, 0, self._ordered, self._scales, self._zeros, self._shift, 1.0, 0, dtype, "none", [], "")
+        return found.mul_(scales)

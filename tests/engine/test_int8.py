@@ -1,0 +1,141 @@
+"""Products in int8 are near those of the weights they come from, exact in their sums, and for prompts alone."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from labkit.engine import adapter, int8, machine, model
+from labkit.engine.cache import PromptCache
+from labkit.engine.packed import Packed
+from tests import tiny
+
+FORMATS = [torch.float32, torch.bfloat16]
+SECONDS = (3.0, 2.0, 1.0)  # of plain, packed and int8 products
+
+
+def _usable(dtype: torch.dtype) -> bool:
+    try:
+        return machine._has_int8(dtype)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+needs_int8 = pytest.mark.skipif(not all(map(_usable, FORMATS)), reason="this processor has no quick, exact int8")
+
+
+@pytest.fixture
+def eight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> model.BaseModel:
+    """A tiny model as it is loaded where int8 was measured to be quickest."""
+    monkeypatch.delenv("LABKIT_DTYPE", raising=False)
+    monkeypatch.setenv("LABKIT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(machine, "_product_seconds", lambda dtype, threads: SECONDS)
+    return model.load(tiny.make(tmp_path / "model"))
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_near_the_plain_one_and_each_token_is_rounded_for_itself(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(96, 80, bias, dtype=dtype).requires_grad_(False)
+    plain.weight[3] = 0
+    values = torch.randn(2, 7, 96).to(dtype)
+    values[0, 0], values[1, 2] = 0, 1e4 * values[1, 2]
+    given, expected, packed = values.clone(), plain(values), Packed(plain, eight=True)
+    with int8.products(), torch.inference_mode():
+        found = packed(values)
+        torch.testing.assert_close(packed(values[1:, 2:3].clone()), found[1:, 2:3], rtol=0, atol=0)
+    difference = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+    if bias:
+        torch.testing.assert_close(found[0, 0], plain.bias)
+    else:
+        assert not found[0, 0].any()
+        difference[0, 0] = 0  # of zeros there is no share
+    assert 0 < difference.max() < 0.03
+    torch.testing.assert_close(values, given, rtol=0, atol=0)
+    torch.testing.assert_close(packed(values), expected, rtol=0.02, atol=0.02)  # in its own format again
+
+
+@needs_int8
+def test_what_is_rounded_once_for_several_maps_is_their_own_input() -> None:
+    torch.manual_seed(0)
+    maps = [Packed(torch.nn.Linear(96, 80, False).requires_grad_(False), eight=True) for _ in range(3)]
+    first, second = torch.randn(5, 96), torch.randn(5, 96)
+
+    def alone(part: Packed, values: torch.Tensor) -> torch.Tensor:
+        with int8.products():
+            return part(values)
+
+    with torch.inference_mode(), int8.products():
+        together = [maps[0](first), maps[1](first), maps[2](second), maps[0](second), maps[1](first)]
+    with torch.inference_mode():
+        each = [alone(maps[0], first), alone(maps[1], first), alone(maps[2], second), alone(maps[0], second),
+                alone(maps[1], first)]
+    torch.testing.assert_close(together, each, rtol=0, atol=0)
+
+
+@needs_int8
+def test_prompts_are_read_in_int8_each_for_itself(eight: model.BaseModel, tmp_path: Path) -> None:
+    exact = model.load(tmp_path / "model", torch.float32)
+    assert eight.digest == exact.digest.rpartition("-")[0] + "-float32-int8"  # so that neither takes the other's
+    prompts = [list(range(10 + row, 110 + row, 1)) for row in range(5)]
+    together = PromptCache(eight, None).fetch(prompts)[0].states
+    for row, prompt in enumerate(prompts):
+        alone = PromptCache(eight, None).fetch([prompt])[0].states
+        torch.testing.assert_close(together[:, :, row : row + 1], alone, rtol=0, atol=0)
+    plain = PromptCache(exact, None).fetch(prompts)[0].states
+    difference = (together - plain).norm() / plain.norm()
+    assert 0 < difference < 0.05
+
+
+@needs_int8
+def test_an_adapter_that_acts_on_prompts_reads_them_in_the_models_own_format(
+    eight: model.BaseModel, tmp_path: Path
+) -> None:
+    exact = model.load(tmp_path / "model", torch.float32)
+    found = []
+    for loaded in (eight, exact):
+        own = adapter.create(loaded, "own", adapter.Start(activated=False))
+        found.append(PromptCache(loaded, None).fetch([list(range(10, 110))], own)[0].states)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+@needs_int8
+def test_a_format_that_was_asked_for_is_the_only_one(
+    eight: model.BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LABKIT_DTYPE", "float32")
+    loaded = model.load(tmp_path / "model")
+    states = [PromptCache(one, None).fetch([list(range(10, 110))])[0].states
+              for one in (loaded, model.load(tmp_path / "model", torch.float32))]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    assert loaded.digest != eight.digest
+
+
+@needs_int8
+@pytest.mark.parametrize("fault", ["slow", "wrong"])
+def test_int8_is_left_alone_where_it_is_slow_or_overflows(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with oneDNN's slow way, which takes seconds, and without VNNI, where pairs of products are cut at 2 ** 15."""
+    monkeypatch.setattr(machine, "SECONDS", 0.01)
+    right = int8.Weights.product
+
+    def product(self: int8.Weights, rounded: int8.Rounded, dtype: torch.dtype) -> torch.Tensor:
+        if fault == "slow":
+            time.sleep(0.05)
+        return right(self, rounded, dtype) * (0.5 if fault == "wrong" else 1)
+
+    assert all(machine._product_seconds("float32", 1))
+    monkeypatch.setattr(int8.Weights, "product", product)
+    assert not machine._has_int8(torch.float32)
+    assert machine._product_seconds("float32", 1)[2] == float("inf")
+
+
+def test_int8_is_measured_and_taken_if_it_is_quickest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LABKIT_DTYPE", raising=False)
+    for name, seconds, pays in (("a", SECONDS, True), ("b", (3.0, 2.0, 1.99), False), ("c", (1.0, 2.0, 0.5), False)):
+        monkeypatch.setenv("LABKIT_HOME", str(tmp_path / name))
+        monkeypatch.setattr(machine, "_product_seconds", lambda dtype, threads, found=seconds: found)
+        assert machine.int8_pays(torch.float32) == pays
+        assert machine.measured()["flops"]["int8"] == machine.FLOPS / seconds[2]
