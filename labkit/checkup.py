@@ -1,6 +1,6 @@
 """`labkit doctor`: what is ready on this machine, what is not, and how to mend it.
 
-Looks only; fetches, installs and changes nothing, but for half a second of measuring that the
+Looks only; fetches, installs and changes nothing, but for a second or two of measuring that the
 service would do as well. torch is asked in a process of its own: one that is broken cannot take the
 notebook with it, and the notebook stays small.
 """

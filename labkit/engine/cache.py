@@ -156,9 +156,7 @@ class PromptCache:
                 known += len(block.ids)
             found.append(known)
         missing = sum(found) < sum(map(len, prompts))
-        # An adapter that acts on prompts is trained in the network's own format, and answers in it.
-        with adapters.active(self.model, adapter) if missing else nullcontext(), (
-                nullcontext() if adapter else int8.products()):
+        with adapters.active(self.model, adapter) if missing else nullcontext(), int8.products(adapter is None):
             ahead = self._compute(rows, held, share, layout.endings(rows, following))
         self.reused += sum(found)
         past = self._assemble(rows, held, share, first)

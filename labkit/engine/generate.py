@@ -18,6 +18,7 @@ import torch
 from transformers import DynamicCache
 
 from labkit.engine import adapter as adapters
+from labkit.engine import int8
 from labkit.engine.adapter import Adapter
 from labkit.engine.attention import Shared
 from labkit.engine.cache import Past, PromptCache, run
@@ -212,7 +213,8 @@ class Generator:
         if past.ahead:
             batch.append(*past.ahead)
         else:
-            batch.forward(self.model, tails)
+            with int8.products(adapter is None):  # the prompt's last token, as it would be read with the others
+                batch.forward(self.model, tails)
         return batch
 
 
@@ -298,7 +300,8 @@ def score(model: BaseModel, prompt: Prompt, adapter: Adapter | None, top: int = 
     bounds = [0, len(prompt.ids)] if adapter is None or everywhere else [0, prompt.start, len(prompt.ids)]
     cache, tokens = DynamicCache(), [Token(prompt.ids[0], model.token_bytes(prompt.ids[0]), math.nan)]
     for part, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        with adapters.active(model, adapter if everywhere or part == 1 else None):
+        acting = adapter if everywhere or part == 1 else None
+        with adapters.active(model, acting), int8.products(acting is None):
             for left in range(begin, end, PIECE):
                 ids = prompt.ids[left : min(left + PIECE, end)]
                 logits = model.network(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0]

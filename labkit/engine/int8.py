@@ -2,15 +2,16 @@
 
 Weights are rounded once, with a scale for each output; what is multiplied with them is rounded
 token by token, so that a token's result does not depend on what is read beside it (both as in
-LLM.int8(), arXiv 2208.07339, but for its outliers). Sums are exact, in int32. Answers and training
-steps are computed in the network's own format: training learns around the rounding of the prompts,
-which is the same when the model answers.
+LLM.int8(), arXiv 2208.07339, but for its outliers). Sums are exact, in int32. What is read so is
+what the base model reads: its prompts, and those of an activated adapter. Where an adapter acts,
+in training and in answers, and where an answer goes on, the network's own format is kept: training
+learns around the rounding of the prompts, which is nearly the same when the model answers.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -23,16 +24,16 @@ class _Latest:
     """What was rounded last: queries, keys and values are made of the same input, gate and up as well."""
 
     input: torch.Tensor | None = None
-    rounded: Rounded = field(default_factory=lambda: (torch.empty(0), torch.empty(0)))
+    rounded: Rounded | None = None
 
 
 _latest: ContextVar[_Latest | None] = ContextVar("latest", default=None)
 
 
 @contextmanager
-def products() -> Iterator[None]:
-    """Within the block, packed maps that have weights in int8 as well use these."""
-    token = _latest.set(_Latest())
+def products(wanted: bool) -> Iterator[None]:
+    """Within the block, if it is `wanted`, packed maps that have weights in int8 as well use these."""
+    token = _latest.set(_Latest() if wanted else None)
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def int8_pays(dtype: torch.dtype) -> bool:
 
     Never where LABKIT_DTYPE asks for a format.
     """
-    return "LABKIT_DTYPE" not in os.environ and measured()["int8"][str(dtype).removeprefix("torch.")]
+    return not os.environ.get("LABKIT_DTYPE") and measured()["int8"][str(dtype).removeprefix("torch.")]
 
 
 def use_threads() -> None:
@@ -123,7 +124,7 @@ def _product_seconds(dtype: str, threads: int) -> tuple[float, float, float]:
         ordered = packed.pack(right)
         packed.product(left, ordered)
         ways["packed"] = lambda: packed.product(left, ordered)
-        if _has_int8(left.dtype):
+        if has_int8(left.dtype):
             eight = int8.Weights(right)
             ways["int8"] = lambda: eight.product(int8.round_tokens(left), left.dtype)
     try:
@@ -133,16 +134,18 @@ def _product_seconds(dtype: str, threads: int) -> tuple[float, float, float]:
         torch.set_num_threads(before)
 
 
-def _has_int8(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies bytes by instructions made for it, exactly.
+@cache
+def has_int8(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies bytes by instructions made for it, exactly, with results in `dtype`.
 
     Older ones add pairs of products in 16 bits, which ones, as the largest numbers here, overflow; and
     where oneDNN has no quick way at all, its slow one takes seconds for a product as large as a layer's.
+    Raises `AttributeError` or `RuntimeError` where there is no such way.
     """
-    ones = torch.ones(64, 64, dtype=dtype)
+    ones, floats = torch.ones(64, 64, dtype=dtype), torch.ones(64, 64)
     eight = int8.Weights(ones)
     found = eight.product(int8.round_tokens(ones), dtype)
-    quick, plain = _best_seconds([lambda: eight.product(int8.round_tokens(ones), dtype), lambda: ones @ ones])
+    quick, plain = _best_seconds([lambda: eight.product(int8.round_tokens(ones), dtype), lambda: floats @ floats])
     return torch.allclose(found.float(), torch.tensor(64.0), rtol=0.01) and quick < SLOW * plain
 
 

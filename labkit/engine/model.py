@@ -146,8 +146,9 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> BaseModel:
         )
         if attention.supported(type(network), network.config):
             network.set_attn_implementation(attention.NAME)
-        eight = dtype is None and int8_pays(network.dtype)
+        eight = False
         if packing_pays(network.dtype):
+            eight = dtype is None and int8_pays(network.dtype)
             packed.install(network, eight)
     except (OSError, ValueError, KeyError) as error:
         raise LabkitError(

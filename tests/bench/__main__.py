@@ -8,6 +8,7 @@ import openai
 import torch
 
 from labkit import paths
+from labkit.engine import machine
 from tests.bench import answering, growth, preparing, sheet, training, workload
 from tests.bench.rivals import MissingRival
 from tests.bench.sheet import Sheet
@@ -36,7 +37,8 @@ def main() -> int:
     failed = False
     with workload.home() as client:
         dtype = answering.measured_dtype()
-        results.machine |= {"computes in": dtype, "threads": torch.get_num_threads(),
+        prompts = "int8" if machine.int8_pays(getattr(torch, dtype)) else dtype
+        results.machine |= {"computes in": dtype, "prompts in": prompts, "threads": torch.get_num_threads(),
                             "data": workload.labkit.posts().attrs["source"]}
         for name in wanted:
             try:
