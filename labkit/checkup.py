@@ -22,8 +22,9 @@ from labkit import assets, paths, pricing
 FREE_FIX, FREE_WARN = 1e9, 10e9  # bytes: the model while it is made; and the prompt cache, which takes up to 8 GB
 MEMORY_FIX, MEMORY_WARN = 2e9, 4e9  # bytes: service and worker hold the model, torch and a batch each
 HOSTS = ("huggingface.co", "ndownloader.figshare.com")  # second source of the model, first of the posts
-ASK_TORCH = ("import json; from labkit.engine import machine; dtype = machine.fast_dtype(); "
-             "print(json.dumps(machine.measured() | {'dtype': str(dtype)[6:], 'int8': machine.int8_pays(dtype)}))")
+ASK_TORCH = ("import json; from labkit.engine import machine; "
+             "print(json.dumps(machine.measured() | {'dtype': str(machine.fast_dtype())[6:], "
+             "'int8': machine.int8_pays()}))")
 
 
 @dataclass(frozen=True)

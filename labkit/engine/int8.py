@@ -1,11 +1,10 @@
-"""Products of prompts' tokens with frozen weights in int8, where the processor is quicker with them.
+"""Products of prompts' tokens with frozen weights in int8, for processors with VNNI and without quick bfloat16.
 
 Weights are rounded once, with a scale for each output; what is multiplied with them is rounded
 token by token, so that a token's result does not depend on what is read beside it (both as in
 LLM.int8(), arXiv 2208.07339, but for its outliers). Sums are exact, in int32. What is read so is
 what the base model reads: its prompts, and those of an activated adapter. Where an adapter acts,
-in training and in answers, and where an answer goes on, the network's own format is kept: training
-learns around the rounding of the prompts, which is nearly the same when the model answers.
+in training and in answers, and where an answer goes on, the network's own format is kept.
 """
 
 from collections.abc import Iterator

@@ -21,6 +21,7 @@ SECONDS = 0.05  # of a core, to time it in each format and form, and with each n
 AVAILABLE = torch.get_num_threads()  # threads, by torch's own choice: one for each core, or OMP_NUM_THREADS
 SPARE = 0.95  # fewer are taken only if they need less than this share of the time
 QUIET = 0.9  # of the time a lone thread must have had a core, or the machine was too busy to be measured
+WORTH = 2 / 3  # of float32's time: int8 is taken if it needs less, rounding included
 SLOW = 20  # times a plain product of 64 x 64 x 64: oneDNN's quick way takes 5 times as long, its slow one 200 times
 TRUSTED = 600.0  # seconds for which what a busy machine seemed quick with is believed
 
@@ -44,12 +45,13 @@ def packing_pays(dtype: torch.dtype) -> bool:
     return measured()["packed"][str(dtype).removeprefix("torch.")]
 
 
-def int8_pays(dtype: torch.dtype) -> bool:
-    """Whether a product in int8 (see `int8`), its rounding included, is quicker than one in this format.
+def int8_pays() -> bool:
+    """Whether to read prompts in int8 (see `int8`): where float32 is the quicker format, and int8 much quicker.
 
-    Never where LABKIT_DTYPE asks for a format.
+    It costs a little accuracy, too much where bfloat16 is quick (EXPERIMENTS.md). Never where
+    LABKIT_DTYPE asks for a format.
     """
-    return not os.environ.get("LABKIT_DTYPE") and measured()["int8"][str(dtype).removeprefix("torch.")]
+    return not os.environ.get("LABKIT_DTYPE") and measured()["int8"]
 
 
 def use_threads() -> None:
@@ -62,11 +64,11 @@ def measured() -> dict[str, Any]:
 
     `flops` has int8's too, with rounding to it from `dtype`; 0 if this processor has no quick way to it.
 
-    `packed` tells by format whether weights in oneDNN's order were quicker, `int8` whether rounding to
-    int8 was quicker still. `threads` are as many as were quickest of those `available`: a processor with
-    slow cores beside quick ones waits for the slow ones. Measured in a second or two, and again only
-    with another machine, version or number of cores, or if the machine was busy, `quiet` False: after
-    ten minutes then.
+    `packed` tells by format whether weights in oneDNN's order were quicker, `int8` whether products in
+    int8 are to take float32's place for prompts. `threads` are as many as were quickest of those
+    `available`: a processor with slow cores beside quick ones waits for the slow ones. Measured in a
+    second or two, and again only with another machine, version or number of cores, or if the machine
+    was busy, `quiet` False: after ten minutes then.
     """
     note = paths.home() / "machine.json"
     here = {"processor": platform.processor() or platform.machine(), "node": platform.node(),
@@ -91,10 +93,11 @@ def _measure() -> dict[str, Any]:
     best = {name: min(ways[:2]) for name, ways in seconds.items()}  # attention's products are in the format itself
     dtype = min(best, key=lambda name: best[name])
     threads = _quickest_threads(dtype) if quiet else AVAILABLE
+    plain, ordered, eight = seconds["float32"]
     flops = {name: FLOPS / min(_product_seconds(name, threads)[:2]) for name in seconds}
     return {"flops": flops | {"int8": FLOPS / _product_seconds(dtype, threads)[2]}, "dtype": dtype,
             "packed": {name: ordered < plain for name, (plain, ordered, _) in seconds.items()},
-            "int8": {name: ways[2] < SPARE * ways[1] < SPARE * ways[0] for name, ways in seconds.items()},
+            "int8": dtype == "float32" and eight < WORTH * ordered < WORTH * plain,
             "threads": threads, "quiet": quiet}
 
 

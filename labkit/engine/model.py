@@ -133,7 +133,7 @@ def _instead(layers: Sequence[torch.nn.Module], forward: Callable[..., torch.Ten
 def load(folder: Path | str, dtype: torch.dtype | None = None) -> BaseModel:
     """Load a causal LM from a folder in Hugging Face's format (any that transformers can load).
 
-    `dtype` None takes what was measured to be quick here: the format, and products of prompts in int8.
+    `dtype` None takes what was measured to be quick here: the format, and whether prompts are read in int8.
     Raises `LabkitError` when the folder holds no such model.
     """
     folder = Path(folder)
@@ -148,7 +148,7 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> BaseModel:
             network.set_attn_implementation(attention.NAME)
         eight = False
         if packing_pays(network.dtype):
-            eight = dtype is None and int8_pays(network.dtype)
+            eight = dtype is None and int8_pays()
             packed.install(network, eight)
     except (OSError, ValueError, KeyError) as error:
         raise LabkitError(

@@ -37,7 +37,7 @@ def main() -> int:
     failed = False
     with workload.home() as client:
         dtype = answering.measured_dtype()
-        prompts = "int8" if machine.int8_pays(getattr(torch, dtype)) else dtype
+        prompts = "int8" if machine.int8_pays() else dtype
         results.machine |= {"computes in": dtype, "prompts in": prompts, "threads": torch.get_num_threads(),
                             "data": workload.labkit.posts().attrs["source"]}
         for name in wanted:

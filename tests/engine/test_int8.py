@@ -188,10 +188,21 @@ def test_int8_is_left_alone_where_it_is_slow_or_overflows(fault: str, monkeypatc
         machine.has_int8.cache_clear()
 
 
-def test_int8_is_measured_and_taken_if_it_is_quickest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("float32", "bfloat16", "pays"), [
+    (SECONDS, (9.0, 9.0, 1.0), True),
+    (SECONDS, (9.0, 1.9, 0.5), False),  # bfloat16 is quick
+    ((3.0, 2.0, 1.5), (9.0, 9.0, 1.0), False),  # little is gained
+    ((1.0, 2.0, 0.5), (9.0, 9.0, 1.0), False),  # plain weights are quickest, and stay
+])
+def test_int8_is_taken_where_it_is_much_quicker_and_bfloat16_is_not(
+    float32: tuple[float, ...], bfloat16: tuple[float, ...], pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LABKIT_HOME", str(tmp_path))
     monkeypatch.delenv("LABKIT_DTYPE", raising=False)
-    for name, seconds, pays in (("a", SECONDS, True), ("b", (3.0, 2.0, 1.99), False), ("c", (1.0, 2.0, 0.5), False)):
-        monkeypatch.setenv("LABKIT_HOME", str(tmp_path / name))
-        monkeypatch.setattr(machine, "_product_seconds", lambda dtype, threads, found=seconds: found)
-        assert machine.int8_pays(torch.float32) == pays
-        assert machine.measured()["flops"]["int8"] == machine.FLOPS / seconds[2]
+    by_format = {"float32": float32, "bfloat16": bfloat16}
+    monkeypatch.setattr(machine, "_product_seconds", lambda dtype, threads: by_format[dtype])
+    assert machine.int8_pays() == pays
+    found = machine.measured()
+    assert found["flops"]["int8"] == machine.FLOPS / by_format[found["dtype"]][2]
+    monkeypatch.setenv("LABKIT_DTYPE", "float32")
+    assert not machine.int8_pays()
