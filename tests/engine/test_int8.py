@@ -108,12 +108,13 @@ def test_an_adapter_that_acts_on_prompts_reads_them_in_the_models_own_format(
 
 @needs_int8
 def test_the_base_model_says_the_same_of_a_prompt_however_it_is_read(
-    eight: model.BaseModel, monkeypatch: pytest.MonkeyPatch
+    eight: model.BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last token in one pass with the others, alone over what is kept of them, and as part of a scored text."""
     prompt = encode.encode_text(eight, "the good game " * 12, None)
-    generator = generate.Generator(eight, PromptCache(eight, None))
+    generator = generate.Generator(eight, PromptCache(eight, tmp_path / "cache"))
     first, second = (_answer(generator, prompt) for _ in range(2))
+    assert generator.cache.reused == len(prompt.ids) - 1
     scored = generate.score(eight, encode.encode_ids([*prompt.ids, first.id], None), None)[-1]
     assert [second.logprob, scored.logprob] == pytest.approx([first.logprob] * 2, abs=1e-5)
     monkeypatch.setattr(int8, "rounded", lambda values: None)
