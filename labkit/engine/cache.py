@@ -285,9 +285,7 @@ class PromptCache:
         self._beginnings.move_to_end(name)
         return self._beginnings[name][1]
 
-    def _rows(
-        self, prompts: Sequence[Sequence[int]], weights: str, beginning: Sequence[int]
-    ) -> list[list[Block]]:
+    def _rows(self, prompts: Sequence[Sequence[int]], weights: str, beginning: Sequence[int]) -> list[list[Block]]:
         """The prompts in blocks for a training: those that begin so are cut after `beginning`.
 
         A prompt that is kept as it was cut for something else stays as it is.

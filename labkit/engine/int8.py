@@ -50,32 +50,36 @@ def rounded(input: torch.Tensor) -> Rounded | None:
 
 
 def round_tokens(input: torch.Tensor) -> Rounded:
-    """`[..., in]` in bytes, each token scaled so that its largest number is 127, which stands `MIDDLE` above zero."""
-    tokens = input.reshape(-1, input.shape[-1]).float()
-    least = torch.finfo(torch.float32).tiny  # of a token of zeros
-    scales = (tokens.abs().amax(-1, keepdim=True) / 127).clamp_(min=least).to(input.dtype)
-    steps = (tokens * scales.float().reciprocal()).round_().to(torch.int8)
-    return steps.bitwise_xor_(-MIDDLE).view(torch.uint8), scales
+    """float32 `[..., in]` in bytes, each token scaled so that its largest number is 127; `MIDDLE` stands for zero."""
+    tokens = input.reshape(-1, input.shape[-1])
+    scales = _scales(tokens)
+    return (tokens / scales).round_().to(torch.int8).bitwise_xor_(-MIDDLE).view(torch.uint8), scales
+
+
+def _scales(rows: torch.Tensor) -> torch.Tensor:
+    """For each row what stands for one step, `[rows, 1]`; of zeros the least there is, to divide by."""
+    return rows.abs().amax(-1, keepdim=True).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 class Weights:
-    """A matrix `[out, in]` in int8 in oneDNN's order, with a scale for each output.
+    """A float32 matrix `[out, in]` in int8 in oneDNN's order, with a scale for each output.
 
     Raises `AttributeError` or `RuntimeError` on a processor or platform without it.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        weight = weight.float()
-        self._scales = weight.abs().amax(1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
-        steps = (weight / self._scales[:, None]).round_().to(torch.int8)
+        scales = _scales(weight)
+        steps = (weight / scales).round_().to(torch.int8)
+        self._scales = scales.squeeze(1)
         self._ordered = torch.ops.onednn.qlinear_prepack(steps, None)
         self._zeros = torch.zeros(len(steps), dtype=torch.int64)
         # What `MIDDLE` adds to each sum is taken away as a bias: with a zero point some processors are slow.
         self._shift = steps.sum(1).mul(-MIDDLE) * self._scales
 
-    def product(self, input: Rounded, dtype: torch.dtype) -> torch.Tensor:
+    def product(self, input: Rounded) -> torch.Tensor:
         """`[tokens, in]` times the matrix, `[tokens, out]`."""
         steps, scales = input
         found = torch.ops.onednn.qlinear_pointwise(
-            steps, 1.0, 0, self._ordered, self._scales, self._zeros, self._shift, 1.0, 0, dtype, "none", [], "")
+            steps, 1.0, 0, self._ordered, self._scales, self._zeros, self._shift, 1.0, 0, torch.float32, "none", [],
+            "")
         return found.mul_(scales)

@@ -62,7 +62,7 @@ def use_threads() -> None:
 def measured() -> dict[str, Any]:
     """`dtype`, the quicker of the two, `flops` (operations a second) by format, `threads`, and `torch` (version).
 
-    `flops` has int8's too, with rounding to it from `dtype`; 0 if this processor has no quick way to it.
+    `flops` has int8's too, with rounding to it from float32; 0 if this processor has no quick way to it.
 
     `packed` tells by format whether weights in oneDNN's order were quicker, `int8` whether products in
     int8 are to take float32's place for prompts. `threads` are as many as were quickest of those
@@ -94,8 +94,9 @@ def _measure() -> dict[str, Any]:
     dtype = min(best, key=lambda name: best[name])
     threads = _quickest_threads(dtype) if quiet else AVAILABLE
     plain, ordered, eight = seconds["float32"]
-    flops = {name: FLOPS / min(_product_seconds(name, threads)[:2]) for name in seconds}
-    return {"flops": flops | {"int8": FLOPS / _product_seconds(dtype, threads)[2]}, "dtype": dtype,
+    together = {name: _product_seconds(name, threads) for name in seconds}
+    flops = {name: FLOPS / min(ways[:2]) for name, ways in together.items()}
+    return {"flops": flops | {"int8": FLOPS / together["float32"][2]}, "dtype": dtype,
             "packed": {name: ordered < plain for name, (plain, ordered, _) in seconds.items()},
             "int8": dtype == "float32" and eight < WORTH * ordered < WORTH * plain,
             "threads": threads, "quiet": quiet}
@@ -127,9 +128,9 @@ def _product_seconds(dtype: str, threads: int) -> tuple[float, float, float]:
         ordered = packed.pack(right)
         packed.product(left, ordered)
         ways["packed"] = lambda: packed.product(left, ordered)
-        if has_int8(left.dtype):
+        if dtype == "float32" and has_int8():
             eight = int8.Weights(right)
-            ways["int8"] = lambda: eight.product(int8.round_tokens(left), left.dtype)
+            ways["int8"] = lambda: eight.product(int8.round_tokens(left))
     try:
         best = dict(zip(ways, _best_seconds(list(ways.values())), strict=True))
         return best["plain"], best.get("packed", math.inf), best.get("int8", math.inf)
@@ -138,18 +139,18 @@ def _product_seconds(dtype: str, threads: int) -> tuple[float, float, float]:
 
 
 @cache
-def has_int8(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies bytes by instructions made for it, exactly, with results in `dtype`.
+def has_int8() -> bool:
+    """Whether this processor multiplies bytes by instructions made for it, exactly.
 
     Older ones add pairs of products in 16 bits, which ones, as the largest numbers here, overflow; and
     where oneDNN has no quick way at all, its slow one takes seconds for a product as large as a layer's.
     Raises `AttributeError` or `RuntimeError` where there is no such way.
     """
-    ones, floats = torch.ones(64, 64, dtype=dtype), torch.ones(64, 64)
+    ones = torch.ones(64, 64)
     eight = int8.Weights(ones)
-    found = eight.product(int8.round_tokens(ones), dtype)
-    quick, plain = _best_seconds([lambda: eight.product(int8.round_tokens(ones), dtype), lambda: floats @ floats])
-    return torch.allclose(found.float(), torch.tensor(64.0), rtol=0.01) and quick < SLOW * plain
+    found = eight.product(int8.round_tokens(ones))
+    quick, plain = _best_seconds([lambda: eight.product(int8.round_tokens(ones)), lambda: ones @ ones])
+    return torch.allclose(found, torch.tensor(64.0), rtol=0.01) and quick < SLOW * plain
 
 
 def _best_seconds(ways: Sequence[Callable[[], object]]) -> list[float]:

@@ -17,7 +17,7 @@ from labkit.engine import int8
 class Packed(torch.nn.Linear):
     """`torch.nn.Linear` with frozen weights, held in oneDNN's order as well; gradients reach its input alone.
 
-    With `eight` it has them in int8 too, for what is computed within `int8.products`.
+    With `eight`, in float32, it has them in int8 too, for what is computed within `int8.products`.
     """
 
     def __init__(self, plain: torch.nn.Linear, eight: bool = False) -> None:
@@ -36,7 +36,7 @@ class Packed(torch.nn.Linear):
     def product(self, input: torch.Tensor) -> torch.Tensor:
         """The result alone, without a way back for gradients."""
         if self._eight is not None and (rounded := int8.rounded(input)) is not None:
-            found = self._eight.product(rounded, input.dtype).view(*input.shape[:-1], self.out_features)
+            found = self._eight.product(rounded).view(*input.shape[:-1], self.out_features)
             return found if self.bias is None else found.add_(self.bias)
         return product(input, self._ordered, self.bias)
 
