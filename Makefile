@@ -3,7 +3,7 @@
 # make test     every test: linters, pytest over tests/, nbval over notebooks/solutions/; two processes at a time
 # make slides   render the decks to HTML and PDF                               (build/slides/; needs Node.js)
 # make notebooks  for authors: derive the learners' notebooks from notebooks/solutions/
-# make bench    speed beside rival stacks, 40 to 75 minutes on two cores; ROWS="train classify" for some (results: build/bench/)
+# make bench    speed beside rival stacks, 40 to 80 minutes on two cores; ROWS="train classify" for some (results: build/bench/)
 #
 # PYTHON=python3.12          another Python (3.10 or newer)
 # TORCH_INDEX=URL            where to take torch from, for the small CPU build on Linux; see README.md
