@@ -77,7 +77,8 @@ def measured() -> dict[str, Any]:
         remembered, age = json.loads(note.read_text()), time.time() - note.stat().st_mtime
     except (OSError, ValueError):
         remembered, age = {}, 0.0
-    if all(remembered.get(key) == value for key, value in here.items()) and "int8" in remembered and (
+    current = isinstance(remembered.get("int8"), bool)  # earlier versions had none, or one for each format
+    if current and all(remembered.get(key) == value for key, value in here.items()) and (
             remembered.get("quiet") or "quiet" in remembered and age < TRUSTED):
         return remembered
     found = here | _measure()

@@ -29,6 +29,18 @@ def test_what_a_quiet_machine_is_quick_with_is_remembered(note: Path, monkeypatc
     assert machine.measured()["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize("int8", [{}, {"int8": {"float32": True, "bfloat16": True}}])
+def test_a_note_of_an_earlier_version_is_measured_again(
+    int8: dict[str, object], note: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LABKIT_DTYPE", raising=False)
+    monkeypatch.setattr(machine, "QUIET", 0.0)
+    found = machine.measured()
+    note.write_text(json.dumps({key: value for key, value in found.items() if key != "int8"} | int8))
+    assert isinstance(machine.int8_pays(), bool)
+    assert isinstance(json.loads(note.read_text())["int8"], bool)
+
+
 def test_a_busy_machine_is_measured_again_later(note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "QUIET", 2.0)  # a thread can have no core for twice the time
     busy = machine.measured()
